@@ -1,0 +1,292 @@
+"""Rate limit, then queue and slot: what a request passes between the cache and its first attempt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from balancer.clock import Clock
+from balancer.core.admission_queue import AdmissionQueue, Ticket
+from balancer.core.request import InferenceRequest, Priority, Tenant, TenantId
+from balancer.errors import CapacityError, DeadlineExceeded, QueueFull, QueueTimeout, RateLimited
+from balancer.explain import Call
+from balancer.metrics import Metrics
+from balancer.registry import Registry
+from balancer.settings import LimitsConfig, ModelRule, QueueConfig
+from balancer.store import Store, Taken
+
+# Without a burst of its own a tenant may send this many seconds' worth of requests at once.
+DEFAULT_BURST_S = 10.0
+
+
+@dataclass(slots=True)
+class Usage:
+    """What one tenant has used since the start."""
+
+    requests: int = 0
+    in_flight: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    refused: int = 0
+
+
+@dataclass(slots=True)
+class Admitted:
+    """What a request holds once it was let in; `leave` gives it back. `lines` are its X-RateLimit headers."""
+
+    admission: Admission
+    usage: Usage
+    model: str
+    lines: bytes = b""
+    charged_tokens: float = 0.0
+
+    def leave(self) -> None:
+        """The request is over."""
+        self.usage.in_flight -= 1
+        self.admission.left(self.model)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """A tenant's limits, with the defaults filled in; None is unlimited."""
+
+    requests_per_s: float | None
+    burst: float
+    tokens_per_s: float | None
+    max_in_flight: int | None
+
+
+class Admission:
+    """Decides who may go on now, who waits and who is refused. Rates live in the store, slots in this process."""
+
+    def __init__(
+        self,
+        *,
+        limits: LimitsConfig,
+        queue: QueueConfig,
+        models: Mapping[str, ModelRule],
+        store: Store,
+        fallback: Store,
+        registry: Registry,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._limits = limits
+        self._queue_config = queue
+        self._models = models
+        self._store = store
+        self._fallback = fallback
+        self._registry = registry
+        self._metrics = metrics
+        self._clock = clock
+        self._queue = AdmissionQueue(queue.max_waiting)
+        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
+        self._reserved: dict[str, int] = {}  # slots granted to waiters that have not begun yet
+        self._model_in_flight: dict[str, int] = {}
+        self._usage: dict[TenantId, Usage] = {}
+        self._rates: dict[Tenant, Rates] = {}
+        metrics.queue_depth.read = lambda: [
+            ((priority.name.lower(),), float(self._queue.waiting(priority))) for priority in Priority
+        ]
+        registry.on_change(self._grant)
+
+    def configure(self, limits: LimitsConfig, queue: QueueConfig, models: Mapping[str, ModelRule]) -> None:
+        """New settings; what is in flight and what waits stays."""
+        self._limits = limits
+        self._queue_config = queue
+        self._queue.max_waiting = queue.max_waiting
+        self._models = models
+        self._rates.clear()
+
+    def tenants(self) -> dict[str, dict[str, int]]:
+        """Use per tenant since the start."""
+        return {id_: {name: getattr(usage, name) for name in Usage.__slots__} for id_, usage in self._usage.items()}
+
+    async def admit(self, request: InferenceRequest, call: Call) -> Admitted:
+        """Let the request in: its rates, then a slot. Raises RateLimited, CapacityError or DeadlineExceeded."""
+        tenant = request.tenant
+        usage = self._usage.get(tenant.id)
+        if usage is None:
+            usage = self._usage[tenant.id] = Usage()
+        rates = self._rates.get(tenant) or self._rates_of(tenant)
+        admitted = Admitted(self, usage, request.model)
+        if rates.requests_per_s is not None or rates.tokens_per_s is not None:
+            try:
+                await self._limit(request, rates, admitted)
+            except (RateLimited, CapacityError):
+                usage.refused += 1
+                raise
+        if rates.max_in_flight is not None and usage.in_flight >= rates.max_in_flight:
+            usage.refused += 1
+            self._metrics.shed.of("tenant_in_flight").inc()
+            raise RateLimited(f"{rates.max_in_flight} requests are in flight already", retry_after_s=1.0)
+        usage.in_flight += 1
+        usage.requests += 1
+        try:
+            await self._slot(request, call)
+        except BaseException:
+            usage.in_flight -= 1
+            raise
+        return admitted
+
+    def used(self, request: InferenceRequest, admitted: Admitted, prompt: int, completion: int) -> None:
+        """What the answer cost in tokens: the estimate taken on the way in is put right."""
+        admitted.usage.prompt_tokens += prompt
+        admitted.usage.completion_tokens += completion
+        rates = self._rates.get(request.tenant)
+        if rates is not None and rates.tokens_per_s is not None:
+            difference = prompt + completion - admitted.charged_tokens
+            self._store.charge(
+                _key(request.tenant.id, "tokens"),
+                rate_per_s=rates.tokens_per_s,
+                burst=rates.tokens_per_s * 60.0,
+                cost=difference,
+            )
+
+    # -- rates
+
+    def _rates_of(self, tenant: Tenant) -> Rates:
+        per_minute = tenant.requests_per_minute or self._limits.requests_per_minute
+        tokens = tenant.tokens_per_minute or self._limits.tokens_per_minute
+        per_s = per_minute / 60.0 if per_minute is not None else None
+        burst = tenant.burst or (self._limits.burst if tenant.requests_per_minute is None else None)
+        rates = Rates(
+            requests_per_s=per_s,
+            burst=burst or max(1.0, (per_s or 0.0) * DEFAULT_BURST_S),
+            tokens_per_s=tokens / 60.0 if tokens is not None else None,
+            max_in_flight=tenant.max_in_flight,
+        )
+        self._rates[tenant] = rates
+        return rates
+
+    async def _limit(self, request: InferenceRequest, rates: Rates, admitted: Admitted) -> None:
+        tenant = request.tenant.id
+        if rates.requests_per_s is not None:
+            taken = await self._take(_key(tenant, "requests"), rates.requests_per_s, rates.burst, 1.0)
+            admitted.lines = _lines(b"Requests", rates.burst, taken)
+            if taken.wait_s > 0.0:
+                raise self._limited("requests", taken.wait_s)
+        if rates.tokens_per_s is not None:
+            burst = rates.tokens_per_s * 60.0
+            cost = min(burst, request.prompt_tokens() + request.max_tokens())
+            taken = await self._take(_key(tenant, "tokens"), rates.tokens_per_s, burst, cost)
+            admitted.lines += _lines(b"Tokens", burst, taken)
+            if taken.wait_s > 0.0:
+                raise self._limited("tokens", taken.wait_s)
+            admitted.charged_tokens = cost
+
+    async def _take(self, key: str, rate_per_s: float, burst: float, cost: float) -> Taken:
+        taken = await self._store.take(key, rate_per_s=rate_per_s, burst=burst, cost=cost)
+        if taken is not None:
+            return taken
+        if not self._limits.fail_open:
+            self._metrics.shed.of("limits_unavailable").inc()
+            raise CapacityError("rate limits cannot be checked just now", retry_after_s=1.0)
+        self._metrics.limits_unchecked.inc()
+        taken = await self._fallback.take(key, rate_per_s=rate_per_s, burst=burst, cost=cost)
+        assert taken is not None  # the memory store always answers
+        return taken
+
+    def _limited(self, what: str, wait_s: float) -> RateLimited:
+        self._metrics.shed.of("rate_limited").inc()
+        return RateLimited(f"too many {what} per minute for this key", retry_after_s=wait_s)
+
+    # -- slots
+
+    def left(self, model: str) -> None:
+        """A request is over: whoever waits may go on."""
+        rule = self._models.get(model)
+        if rule is not None and rule.max_in_flight is not None:
+            self._model_in_flight[model] -= 1
+        if self._waiters:
+            self._grant()
+
+    async def _slot(self, request: InferenceRequest, call: Call) -> None:
+        model = request.model
+        if self._waiters or self._room(model) < 1:
+            await self._wait(request, call)
+        rule = self._models.get(model)
+        if rule is not None and rule.max_in_flight is not None:
+            self._model_in_flight[model] = self._model_in_flight.get(model, 0) + 1
+
+    def _room(self, model: str) -> float:
+        """Slots free for a model now; infinite where nothing bounds it or where waiting cannot help."""
+        rule = self._models.get(model)
+        room = float("inf")
+        if rule is not None and rule.max_in_flight is not None:
+            room = rule.max_in_flight - self._model_in_flight.get(model, 0)
+        candidates = self._registry.candidates(model, self._clock.now())
+        free = 0.0
+        for node in candidates.nodes:
+            limit = node.config.max_in_flight
+            if limit is None:
+                free = float("inf")
+                break
+            free += max(0, limit - node.load.rif)
+        if not candidates.nodes:
+            free = float("inf")  # nobody to wait for: the attempt says so
+        return min(room, free) - self._reserved.get(model, 0)
+
+    async def _wait(self, request: InferenceRequest, call: Call) -> None:
+        now = self._clock.now()
+        ticket = self._queue.enter(request.priority, request.model, request.deadline_s)
+        if ticket is None:
+            self._metrics.shed.of("queue_full").inc()
+            raise QueueFull("too many requests are waiting", retry_after_s=self._queue.retry_after_s())
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = waiter
+        wait_s = min(self._queue_config.max_wait_s, request.deadline_s - now)
+        self._grant()
+        try:
+            async with asyncio.timeout(wait_s):
+                await waiter
+        except TimeoutError:
+            self._metrics.shed.of("queue_timeout").inc()
+            if self._clock.now() >= request.deadline_s:
+                raise DeadlineExceeded("the deadline passed while the request was waiting") from None
+            raise QueueTimeout("no slot came free in time", retry_after_s=self._queue.retry_after_s()) from None
+        finally:
+            self._waiters.pop(ticket, None)
+            self._queue.leave(ticket)
+            if ticket.granted:
+                self._reserved[ticket.model] -= 1
+            call.queue_s = self._clock.now() - now
+            self._metrics.queue_seconds.observe(call.queue_s)
+
+    def _grant(self) -> None:
+        """Give free slots to those who waited longest, by priority; a model that is full holds up only its own."""
+        if not self._waiters:
+            return
+        full: set[str] = set()
+        for ticket in self._queue.in_order():
+            if ticket.model in full:
+                continue
+            if self._room(ticket.model) < 1:
+                full.add(ticket.model)
+                continue
+            waiter = self._waiters.get(ticket)
+            if waiter is None or waiter.done():
+                continue
+            ticket.granted = True
+            self._reserved[ticket.model] = self._reserved.get(ticket.model, 0) + 1
+            self._queue.drained(self._clock.now())
+            waiter.set_result(None)
+
+
+def _key(tenant: TenantId, kind: str) -> str:
+    safe = quote(tenant, safe="._-")
+    return f"balancer:v1:limit:{{{safe}}}" + ("" if kind == "requests" else f":{kind}")
+
+
+def _lines(kind: bytes, limit: float, taken: Taken) -> bytes:
+    """X-RateLimit headers as OpenAI sends them."""
+    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
+        kind.lower(),
+        int(limit),
+        kind.lower(),
+        max(0, int(taken.remaining)),
+        kind.lower(),
+        f"{taken.reset_s:.3g}s".encode(),
+    )

@@ -1,0 +1,315 @@
+"""Composition root: builds every object once, starts and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from balancer.admission import Admission
+from balancer.attempts import Attempts
+from balancer.auth import Auth
+from balancer.cache import ResponseCache
+from balancer.clock import Clock, SystemClock
+from balancer.core.node import NodeConfig
+from balancer.core.request import NodeId
+from balancer.core.selection import policy_named
+from balancer.explain import Ring
+from balancer.flight import Flights
+from balancer.intake import Intake
+from balancer.log import get_logger
+from balancer.metrics import Metrics
+from balancer.proxy import Journal, Proxy
+from balancer.registry import Registry
+from balancer.server import DataPort
+from balancer.settings import Settings, masked
+from balancer.store import Store
+from balancer.store.memory import MemoryStore
+from balancer.wire.answer import AnswerLimits
+from balancer.wire.framing import DateHeader
+from balancer.wire.inbound import InboundLimits
+from balancer.wire.timers import TimerWheel
+
+log = get_logger()
+
+# The fallback for rate limits while Redis is away holds buckets only.
+FALLBACK_BYTES = 16 * 1024 * 1024
+# How often the event loop's lateness is measured, and idle node connections are looked through.
+TICK_S = 0.5
+# After drain_s, what is cut gets this long to have its error event written out.
+CUT_S = 1.0
+
+Load = Callable[[], Settings]
+
+
+class App:
+    """One balancer process. `run` serves until a signal ends it."""
+
+    def __init__(self, settings: Settings, load: Load, *, clock: Clock | None = None, rng: Random | None = None) -> None:
+        self._settings = settings
+        self._load = load
+        self._clock = clock or SystemClock()
+        self._rng = rng or Random()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lag_s = 0.0
+        self._build()
+
+    def _build(self) -> None:
+        settings, clock = self._settings, self._clock
+        self.metrics = Metrics()
+        self.ring = Ring()
+        self.wheel = TimerWheel(clock.now, asyncio.get_running_loop())
+        self.registry = Registry(
+            routing=settings.routing,
+            breaker=settings.breaker,
+            health=settings.health,
+            stale_s=settings.agents.stale_s,
+            metrics=self.metrics,
+            now=clock.now,
+            rng=self._rng,
+        )
+        self.store = self._make_store()
+        self.memory = (
+            self.store if isinstance(self.store, MemoryStore) else MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
+        )
+        self.auth = Auth(settings.auth)
+        self.intake = Intake(settings, self.registry, self.auth)
+        self.cache = ResponseCache(
+            settings.cache, store=self.store, models=self.intake.rules, metrics=self.metrics, clock=clock
+        )
+        self.admission = Admission(
+            limits=settings.limits,
+            queue=settings.queue,
+            models=self.intake.rules,
+            store=self.memory if settings.limits.store == "memory" else self.store,
+            fallback=self.memory,
+            registry=self.registry,
+            metrics=self.metrics,
+            clock=clock,
+        )
+        self.attempts = Attempts(
+            registry=self.registry,
+            choose=policy_named(settings.routing.policy),
+            retry=settings.retry,
+            limits=_answer_limits(settings),
+            connect_s=settings.timeouts.connect_s,
+            max_connections=settings.upstream.max_connections_per_node,
+            metrics=self.metrics,
+            clock=clock,
+            wheel=self.wheel,
+            rng=self._rng,
+        )
+        date = DateHeader()
+        flights = Flights(self.admission, self.attempts, self.cache, clock)
+        self.port = DataPort(
+            listen=settings.listen,
+            intake=self.intake,
+            proxy=Proxy(cache=self.cache, flights=flights, clock=clock, date=date),
+            journal=Journal(self.metrics, self.ring, self.registry, clock),
+            registry=self.registry,
+            limits=_inbound_limits(settings),
+            wheel=self.wheel,
+            clock=clock,
+            date=date,
+            origins=frozenset(origin.encode() for origin in settings.cors.allow_origins),
+        )
+        self.metrics.event_loop_lag.read = lambda: [((), self._lag_s)]
+        self.metrics.connections.read = lambda: [((), float(self.port.connections))]
+        self.metrics.buffered.read = lambda: [((), float(self.port.buffered.bytes))]
+
+    def _make_store(self) -> Store:
+        settings = self._settings
+        if settings.redis.url is None:
+            return MemoryStore(max_bytes=settings.cache.memory_bytes, clock=self._clock)
+        from balancer.store.redis import RedisStore
+
+        return RedisStore(
+            settings.redis.url,
+            timeout_s=settings.redis.timeout_s,
+            clock=self._clock,
+            on_error=lambda op: self.metrics.store_errors.of(op).inc(),
+        )
+
+    # -- life
+
+    async def start(self) -> None:
+        """Listen, then begin watching the fleet. Raises OSError when a port cannot be had."""
+        settings = self._settings
+        for node in settings.nodes:
+            self.registry.put(node)
+        await self.port.start()
+        log.info("data.listening", address=self.port.address, nodes=len(self.registry.nodes))
+        await self.store.start()
+        await self._start_watching()
+        self._tasks.append(asyncio.create_task(self._tick()))
+        gc.collect()
+        gc.freeze()  # what lives as long as the process is not looked through again
+
+    async def _start_watching(self) -> None:
+        """Checks, model lists, agents and the operations port; aiohttp comes with them, after the data port serves."""
+        from balancer.health_check import HealthChecker
+        from balancer.health_feed import HealthFeed
+        from balancer.model_list import ModelLister
+        from balancer.ops import OpsServer
+
+        settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
+        feed = HealthFeed(registry, settings.agents, clock, rng, self.metrics)
+        self.ops = OpsServer(self, settings.ops_listen, feed)
+        self._watching = [HealthChecker(registry, settings.health, clock, rng), ModelLister(registry, clock, rng), feed]
+        for watcher in (*self._watching, self.ops):
+            await watcher.start()
+        log.info("ops.listening", address=self.ops.address)
+
+    async def stop(self) -> None:
+        """Let go of everything; nothing may be in flight any more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for watcher in (self.ops, *self._watching):
+            await watcher.close()
+        self.attempts.close()
+        await self.store.close()
+        self.wheel.close()
+
+    async def run(self) -> None:
+        """Start, serve until SIGTERM or SIGINT, drain, stop."""
+        loop = asyncio.get_running_loop()
+        ending = asyncio.Event()
+        at_once = asyncio.Event()
+
+        def end() -> None:
+            (at_once if ending.is_set() else ending).set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        await self.start()
+        await ending.wait()
+        await self.drain(at_once)
+        await self.stop()
+
+    async def drain(self, at_once: asyncio.Event) -> None:
+        """Stop taking requests as the contract says, and let what runs end; `at_once` cuts it short."""
+        timeouts = self._settings.timeouts
+        log.info("drain.begun", in_flight=len(self.port.working()), grace_s=timeouts.drain_grace_s)
+        self.port.draining = True
+        await _wait_for(at_once, timeouts.drain_grace_s)
+        self.port.close_listener()
+        deadline_s = self._clock.now() + timeouts.drain_s
+        while self.port.working() and not at_once.is_set() and self._clock.now() < deadline_s:
+            await _wait_for(at_once, 0.02)
+        cut = self.port.cut_all()
+        if cut:
+            await asyncio.wait_for(asyncio.gather(*cut, return_exceptions=True), CUT_S)
+        log.info("drain.finished", cut=len(cut))
+
+    # -- changes at run time
+
+    def _hang_up(self) -> None:
+        self._tasks.append(asyncio.create_task(self._reload_logged()))
+
+    async def _reload_logged(self) -> None:
+        with contextlib.suppress(Exception):  # reload() has logged it
+            await self.reload()
+
+    async def reload(self) -> list[str]:
+        """Read the settings again and apply what can change at run time; the names of what needs a restart.
+
+        Raises SettingsError, having changed nothing, when they are wrong.
+        """
+        old = self._settings
+        try:
+            new = self._load()
+        except Exception as error:
+            log.error("settings.rejected", reason=str(error))
+            raise
+        auth = Auth(new.auth)
+        self.intake.configure(new, auth)
+        self.cache.configure(new.cache, self.intake.rules)
+        self.admission.configure(new.limits, new.queue, self.intake.rules)
+        self.attempts.configure(
+            policy_named(new.routing.policy), new.retry, _answer_limits(new), new.timeouts.connect_s
+        )
+        self.registry.configure(new.routing)
+        self.registry.replace_all(new.nodes)
+        self.attempts.follow(self.registry.nodes)
+        self._settings = new
+        fixed = [name for name in RESTART_ONLY if getattr(old, name) != getattr(new, name)]
+        log.info("settings.reloaded", nodes=len(self.registry.nodes), needs_restart=fixed)
+        return fixed
+
+    def put_node(self, config: NodeConfig) -> None:
+        """Add or replace a node (admin API)."""
+        self.registry.put(config)
+        self.attempts.follow(self.registry.nodes)
+
+    def remove_node(self, id_: NodeId) -> bool:
+        """Remove a node (admin API); running requests finish."""
+        removed = self.registry.remove(id_) is not None
+        self.attempts.follow(self.registry.nodes)
+        return removed
+
+    def effective(self) -> dict[str, Any]:
+        """The settings in force, secrets masked."""
+        return masked(self._settings)
+
+    async def _tick(self) -> None:
+        """Housekeeping, and how late the loop runs it."""
+        while True:
+            before_s = self._clock.now()
+            await self._clock.sleep(TICK_S)
+            now = self._clock.now()
+            self._lag_s = max(0.0, now - before_s - TICK_S)
+            self.attempts.sweep(now)
+
+
+# Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.
+RESTART_ONLY = ("listen", "ops_listen", "redis", "breaker", "health", "agents", "ops", "cors", "log")
+
+
+async def _wait_for(event: asyncio.Event, seconds: float) -> None:
+    if seconds > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), seconds)
+
+
+def _answer_limits(settings: Settings) -> AnswerLimits:
+    timeouts = settings.timeouts
+    return AnswerLimits(
+        first_byte_s=timeouts.first_byte_s,
+        idle_s=timeouts.idle_s,
+        unary_s=timeouts.unary_s,
+        commit_s=timeouts.commit_s,
+        check_bytes=settings.upstream.check_bytes,
+        return_headers=frozenset(name.lower().encode() for name in settings.upstream.return_headers),
+    )
+
+
+def _inbound_limits(settings: Settings) -> InboundLimits:
+    limits = settings.limits
+    return InboundLimits(
+        head_bytes=limits.head_bytes,
+        body_bytes=limits.body_bytes,
+        buffered_bytes=limits.buffered_bytes,
+        head_timeout_s=limits.head_timeout_s,
+        body_idle_s=limits.body_idle_s,
+    )
+
+
+def serve(settings: Settings, load: Load) -> None:
+    """Run one balancer to its end. Raises OSError when a port cannot be had."""
+
+    async def main() -> None:
+        await App(settings, load).run()
+
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main())
+    else:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())

@@ -1,0 +1,396 @@
+"""Select -> permit -> try -> classify -> retry, until an answer may be handed to the client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from random import Random
+from types import TracebackType
+from typing import Self
+
+from tenacity import AsyncRetrying, RetryCallState
+
+from balancer.clock import Clock
+from balancer.core.breaker import Permit
+from balancer.core.node import Node
+from balancer.core.outcome import Outcome
+from balancer.core.request import InferenceRequest, NodeId
+from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
+from balancer.core.retry_budget import RetryBudget
+from balancer.core.selection import Candidates, Choose, pick
+from balancer.errors import (
+    BadAnswer,
+    BalancerError,
+    DeadlineExceeded,
+    FirstTokenTimeout,
+    NoEligibleNode,
+    NotFound,
+    RateLimited,
+    Truncated,
+    Unreachable,
+)
+from balancer.explain import Call
+from balancer.metrics import Metrics
+from balancer.registry import Registry
+from balancer.wire.answer import Answer, AnswerLimits
+from balancer.wire.outbound import ConnectFailed, NodePool
+from balancer.wire.sse import StreamScanner, scanner_for
+from balancer.wire.timers import TimerWheel
+
+# When no node may be asked, a client is told to come back after this long: health checks look every second.
+NO_NODE_RETRY_S = 1.0
+
+
+class Attempt:
+    """One try on one node. Used as a context: leaving it settles the node's books exactly once."""
+
+    __slots__ = ("_attempts", "_permit", "_settled", "answer", "call", "connect_outcome", "node", "started_s")
+
+    def __init__(self, attempts: Attempts, node: Node, permit: Permit, answer: Answer, call: Call, now: float) -> None:
+        self._attempts = attempts
+        self._permit = permit
+        self._settled = False
+        self.node = node
+        self.answer = answer
+        self.call = call
+        self.started_s = now
+        self.connect_outcome: Outcome | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.answer.cancel()
+        self.settle()
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, or OK as far as is known."""
+        return self.connect_outcome or self.answer.outcome or Outcome.OK
+
+    def settle(self) -> None:
+        """The attempt is over: count it for the node."""
+        if not self._settled:
+            self._settled = True
+            self._attempts.settled(self, self._permit)
+
+
+@dataclass(frozen=True, slots=True)
+class _NobodyLeft(Exception):
+    """No node to try; `candidates` says what there was."""
+
+    candidates: Candidates
+
+
+class Attempts:
+    """Makes attempts until one may be handed to the client, each on another node."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        choose: Choose,
+        retry: RetryPolicy,
+        limits: AnswerLimits,
+        connect_s: float,
+        max_connections: int,
+        metrics: Metrics,
+        clock: Clock,
+        wheel: TimerWheel,
+        rng: Random,
+    ) -> None:
+        self._registry = registry
+        self._choose = choose
+        self._policy = retry
+        self._limits = limits
+        self._connect_s = connect_s
+        self._max_connections = max_connections
+        self._metrics = metrics
+        self._clock = clock
+        self._wheel = wheel
+        self._rng = rng
+        self._budget = RetryBudget(retry.budget_ratio, retry.min_retries_per_s)
+        self._pools: dict[NodeId, tuple[str, NodePool, bytes]] = {}
+        self._no_usage: set[NodeId] = set()  # nodes that refused `stream_options`
+
+    def configure(self, choose: Choose, retry: RetryPolicy, limits: AnswerLimits, connect_s: float) -> None:
+        """New settings, for attempts that begin from now on."""
+        self._choose = choose
+        self._policy = retry
+        self._limits = limits
+        self._connect_s = connect_s
+        self._budget.ratio = retry.budget_ratio
+        self._budget.min_per_s = retry.min_retries_per_s
+
+    async def first_byte(self, request: InferenceRequest, call: Call) -> Attempt:
+        """An attempt whose answer may be handed on: committed, whole, or a node's own word about the request.
+
+        The caller owns the attempt and leaves it as a context. Raises BalancerError when all that was tried failed.
+        """
+        try:
+            attempt = await self._try(request, call)
+        except _NobodyLeft as nobody:
+            raise self._nobody(request, nobody.candidates) from None
+        if attempt.outcome is Outcome.OK or attempt.outcome is Outcome.REQUEST_ERROR:
+            return attempt
+        return await self._again(request, call, attempt)
+
+    def succeeded(self, now: float) -> None:
+        """A request was answered well: it earns its share of a retry."""
+        self._budget.succeeded(now)
+
+    async def _again(self, request: InferenceRequest, call: Call, failed: Attempt) -> Attempt:
+        plan = RetryPlan(self._policy, self._budget, self._rng, request.deadline_s)
+        last = failed
+        decision = self._decide(plan, failed, request)
+
+        def again(state: RetryCallState) -> bool:
+            nonlocal decision, last
+            assert state.outcome is not None
+            if state.outcome.failed:
+                return False
+            last = state.outcome.result()
+            decision = self._decide(plan, last, request)
+            return isinstance(decision, Retry)
+
+        def wait_s(state: RetryCallState | None) -> float:
+            return decision.after_s if isinstance(decision, Retry) else 0.0
+
+        if isinstance(decision, Retry):
+            try:
+                if decision.after_s > 0.0:
+                    await self._clock.sleep(decision.after_s)
+                retrying = AsyncRetrying(
+                    retry=again, wait=wait_s, sleep=self._clock.sleep, retry_error_callback=lambda state: last
+                )
+                last = await retrying(self._try, request, call)
+            except _NobodyLeft:
+                pass  # the last failure stands
+        if last.outcome is Outcome.OK or last.outcome is Outcome.REQUEST_ERROR:
+            return last
+        return self._passed_on(last, call)
+
+    def _decide(self, plan: RetryPlan, attempt: Attempt, request: InferenceRequest) -> Retry | GiveUp:
+        outcome = attempt.outcome
+        sent = attempt.connect_outcome is None
+        decision = plan.next(outcome, self._clock.now(), replayable=request.replayable or not sent)
+        if isinstance(decision, Retry):
+            self._metrics.retries.of(outcome.label).inc()
+        elif decision.reason == "budget":
+            self._metrics.retry_budget_exhausted.inc()
+        return decision
+
+    async def _try(self, request: InferenceRequest, call: Call) -> Attempt:
+        """One attempt, up to its commit point or its failure."""
+        now = self._clock.now()
+        node, permit = self._select(request, call, now)
+        answer = Answer(
+            self._clock,
+            self._wheel,
+            self._limits,
+            self._scanner(request),
+            streaming=request.stream,
+            object_only=request.endpoint.object_only,
+            json_only=not request.endpoint.binary,
+            deadline_s=request.deadline_s,
+        )
+        attempt = Attempt(self, node, permit, answer, call, now)
+        try:
+            await self._exchange(attempt, request, call)
+            if self._refused_usage(attempt, request):
+                self._no_usage.add(node.id)
+                request.tried.discard(node.id)
+                attempt.settle()
+                return await self._try(request, call)
+        except BaseException:
+            answer.cancel()
+            attempt.settle()
+            raise
+        if not answer.good or attempt.connect_outcome is not None:
+            attempt.settle()
+        return attempt
+
+    def _select(self, request: InferenceRequest, call: Call, now: float) -> tuple[Node, Permit]:
+        while True:
+            candidates = self._registry.candidates(request.model, now)
+            selection = pick(candidates, request, self._choose, request.tried, now, self._rng)
+            if selection is None:
+                raise _NobodyLeft(candidates)
+            request.tried.add(selection.node.id)
+            permit = self._registry.acquire(selection.node, panic=selection.panic, now=now)
+            if permit is not None:
+                call.attempts_begun += 1
+                call.panic = call.panic or selection.panic
+                return selection.node, permit
+
+    async def _exchange(self, attempt: Attempt, request: InferenceRequest, call: Call) -> None:
+        node, answer = attempt.node, attempt.answer
+        pool, credentials = self._pool(node)
+        connection = pool.idle(attempt.started_s)
+        if connection is None:
+            try:
+                connection = await pool.connect()
+            except ConnectFailed as failed:
+                attempt.connect_outcome = failed.outcome
+                return
+        now = self._clock.now()
+        if call.sent_s == 0.0:
+            call.sent_s = now
+        body = request.body
+        if request.usage_body is not None and node.id not in self._no_usage:
+            body = request.usage_body
+        head = b"POST %b%b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n" % (
+            pool.prefix,
+            request.target,
+            pool.host_line,
+            credentials,
+            request.head_lines,
+            len(body),
+        )
+        connection.exchange(head, body, answer, now)
+        await answer.settled()
+
+    @staticmethod
+    def _scanner(request: InferenceRequest) -> StreamScanner | None:
+        if not request.stream:
+            return None
+        return scanner_for(request.endpoint.dialect, request.choices, withhold_usage=request.usage_body is not None)
+
+    def _refused_usage(self, attempt: Attempt, request: InferenceRequest) -> bool:
+        """The node refused the `stream_options` that we put in: it gets the client's own body instead."""
+        return (
+            request.usage_body is not None
+            and attempt.outcome is Outcome.REQUEST_ERROR
+            and attempt.answer.status in (400, 422)
+            and attempt.node.id not in self._no_usage
+            and b"stream_options" in attempt.answer.peek()
+        )
+
+    def _pool(self, node: Node) -> tuple[NodePool, bytes]:
+        kept = self._pools.get(node.id)
+        if kept is not None and kept[0] == node.config.url:
+            return kept[1], kept[2]
+        if kept is not None:
+            kept[1].close()
+        pool = NodePool(
+            node.config.url,
+            connect_s=self._connect_s,
+            max_connections=self._max_connections,
+            now=self._clock.now,
+        )
+        self._pools[node.id] = (node.config.url, pool, _credentials(node))
+        return pool, self._pools[node.id][2]
+
+    def follow(self, keep: Mapping[NodeId, Node]) -> None:
+        """Nodes came or went: idle connections of those that are gone are closed, credentials are read again."""
+        for id_ in list(self._pools):
+            if id_ not in keep:
+                self._pools.pop(id_)[1].close()
+            else:
+                url, pool, _ = self._pools[id_]
+                self._pools[id_] = (url, pool, _credentials(keep[id_]))
+
+    def sweep(self, now: float) -> None:
+        """Close connections that have been idle too long."""
+        for _, pool, _ in self._pools.values():
+            pool.sweep(now)
+
+    def close(self) -> None:
+        """Close what lies idle."""
+        for _, pool, _ in self._pools.values():
+            pool.close()
+
+    def settled(self, attempt: Attempt, permit: Permit) -> None:
+        """Count one attempt's end, for its node and for the metrics."""
+        now = self._clock.now()
+        outcome = attempt.outcome
+        node = attempt.node
+        self._registry.settle(node, permit, outcome, now)
+        if outcome is Outcome.BACK_PRESSURE and attempt.connect_outcome is None:
+            rest_s = retry_after_s(attempt.answer.retry_after, self._clock.wall())
+            self._registry.blocked(node, rest_s, attempt.answer.status, now)
+        elif attempt.answer.first_token_s:
+            node.load.first_token(attempt.answer.first_token_s - attempt.answer.sent_s, now)
+            node.load.tokens(attempt.answer.events - 1, attempt.answer.last_byte_s - attempt.answer.first_token_s)
+        self._metrics.attempts.of(node.id, outcome.label).inc()
+        attempt.call.attempts.append((node.id, outcome.label, now - attempt.started_s))
+
+    # -- how it ends when nothing worked
+
+    def _nobody(self, request: InferenceRequest, candidates: Candidates) -> BalancerError:
+        if candidates.serving == 0 and self._registry.model_unknown(request.model):
+            return NotFound(f"no node serves the model {request.model}", code="unknown_model", param="model")
+        if candidates.blocked_until_s is not None:
+            return self._pushed_back(request.model)
+        return NoEligibleNode("no node can take this request just now", retry_after_s=NO_NODE_RETRY_S)
+
+    def _pushed_back(self, model: str) -> BalancerError:
+        """Every node said so: with 429 it is the client's to slow down, with 503 there is no room."""
+        now = self._clock.now()
+        resting = [node for node in self._registry.serving(model) if node.blocked_until_s > now]
+        wait_s = min((node.blocked_until_s - now for node in resting), default=NO_NODE_RETRY_S)
+        if any(node.blocked_by == 429 for node in resting):
+            return RateLimited("every node asks for fewer requests", retry_after_s=wait_s)
+        return NoEligibleNode("every node is out of room", retry_after_s=wait_s)
+
+    def _passed_on(self, last: Attempt, call: Call) -> Attempt:
+        """The last failure as the client sees it: a node's own 4xx as it came, else an error."""
+        outcome, answer = last.outcome, last.answer
+        if outcome is Outcome.MISCONFIGURED and answer.status not in (401, 403, 407) and answer.status >= 400:
+            return last
+        if outcome is Outcome.BACK_PRESSURE:
+            raise self._pushed_back(call.model)
+        raise failure_of(outcome, answer.message, every=_all_refused(call))
+
+
+def _credentials(node: Node) -> bytes:
+    key = node.config.api_key
+    return b"authorization: Bearer %b\r\n" % key.encode() if key else b""
+
+
+_REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
+_TRUNCATIONS = frozenset(
+    {
+        Outcome.RESET_AFTER_HEAD,
+        Outcome.TRUNCATED,
+        Outcome.NO_FINISH_REASON,
+        Outcome.NO_GOOD_END,
+        Outcome.IDLE_TIMEOUT,
+    }
+)
+
+
+def _all_refused(call: Call) -> bool:
+    return all(outcome in _REFUSALS for _, outcome, _ in call.attempts)
+
+
+def failure_of(outcome: Outcome, message: str | None = None, *, every: bool = False) -> BalancerError:
+    """The error that a failed attempt is to the client. Names no node and no address."""
+    if every and outcome.label in _REFUSALS:
+        return NoEligibleNode("no node accepts connections just now", retry_after_s=NO_NODE_RETRY_S)
+    if outcome is Outcome.DEADLINE:
+        return DeadlineExceeded("the deadline passed before the answer was complete")
+    if outcome is Outcome.FIRST_BYTE_TIMEOUT:
+        return FirstTokenTimeout("the node sent nothing in time")
+    if outcome is Outcome.UNARY_TIMEOUT:
+        return FirstTokenTimeout("the node did not answer in time")
+    if outcome in (Outcome.RESET_BEFORE_HEAD, Outcome.STALE_CONNECTION) or outcome.label in _REFUSALS:
+        return Unreachable("the node could not be reached, or closed the connection before it answered")
+    if outcome in _TRUNCATIONS:
+        return Truncated("the answer broke off")
+    told = f": {message}" if message else ""
+    return BadAnswer(f"the node did not give a good answer ({outcome.label}){told}")
+
+
+def retry_after_s(value: bytes | None, wall_s: float) -> float | None:
+    """Seconds that a Retry-After header asks for (a number, or a date); None when there is none to be read."""
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
+    try:
+        if text[:1].isdigit():
+            return max(0.0, float(text))
+        return max(0.0, parsedate_to_datetime(text).timestamp() - wall_s)
+    except (ValueError, TypeError):
+        return None

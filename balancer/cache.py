@@ -1,0 +1,240 @@
+"""The response cache: what may be looked up, what may be stored, and how an answer is kept.
+
+Exact only: an answer is shared between requests whose key is equal (`core.cache_key`). The store is this process's
+memory, or Redis, shared by all balancers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from balancer.clock import Clock
+from balancer.core import cache_key, convert
+from balancer.core.request import CacheMode, Dialect, InferenceRequest, TenantId
+from balancer.core.token_bucket import TokenBucket
+from balancer.errors import RateLimited
+from balancer.metrics import Metrics
+from balancer.settings import CacheConfig, ModelRule
+from balancer.store import Store
+
+# The form of an entry. Another version is a miss.
+_ENTRY_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the cache will do for one request. Without a key neither read nor written; `reason` says why."""
+
+    key: str | None
+    read: bool
+    write: bool
+    ttl_s: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A whole good answer, as it came."""
+
+    stream: bool  # server-sent events, else one body
+    content_type: bytes
+    body: bytes
+    stored_wall_s: float
+    node_seconds: float  # what a node took for it
+
+    def encode(self) -> bytes:
+        """One line of JSON about it, then the body as it is."""
+        about = {
+            "v": _ENTRY_VERSION,
+            "stream": self.stream,
+            "type": self.content_type.decode("latin-1"),
+            "at": self.stored_wall_s,
+            "took": self.node_seconds,
+            "size": len(self.body),
+        }
+        return orjson.dumps(about) + b"\n" + self.body
+
+    @classmethod
+    def decode(cls, data: bytes) -> Stored | None:
+        """Read an entry strictly; None for anything that is not exactly one."""
+        line, _, body = data.partition(b"\n")
+        try:
+            about = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return None
+        if not isinstance(about, dict) or set(about) != {"v", "stream", "type", "at", "took", "size"}:
+            return None
+        numbers = all(type(about[name]) in (int, float) for name in ("at", "took"))
+        if about["v"] != _ENTRY_VERSION or type(about["stream"]) is not bool or not numbers:
+            return None
+        if about["size"] != len(body) or type(about["type"]) is not str:
+            return None
+        return cls(
+            stream=about["stream"],
+            content_type=about["type"].encode("latin-1"),
+            body=body,
+            stored_wall_s=about["at"],
+            node_seconds=about["took"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A stored answer in the form that the request wants."""
+
+    body: bytes
+    content_type: bytes
+    stream: bool
+    age_s: float
+    node_seconds: float
+
+
+_NO_PLAN = Plan(key=None, read=False, write=False, ttl_s=0.0, reason="disabled")
+
+
+class ResponseCache:
+    """Looks answers up and keeps them. Never raises because of the store; what is soiled there is a miss."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        store: Store,
+        models: Mapping[str, ModelRule],
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._models = models
+        self._clock = clock
+        self._metrics = metrics
+        self._hits = 0
+        self._misses = 0
+        self._stored = 0
+        self._hit_buckets: dict[TenantId, TokenBucket] = {}
+        self._lookup_seconds = metrics.cache_seconds.of("lookup")
+
+    def configure(self, config: CacheConfig, models: Mapping[str, ModelRule]) -> None:
+        """New settings; what is stored stays until its time is over."""
+        self._config = config
+        self._models = models
+        self._hit_buckets.clear()
+
+    def plan(self, request: InferenceRequest) -> Plan:
+        """Whether this request may share an answer, and under which key."""
+        config = self._config
+        if not config.enabled:
+            return _NO_PLAN
+        rule = self._models.get(request.model)
+        reason = cache_key.not_cacheable(
+            request, everything=config.cacheable == "all", rule=rule.cacheable if rule else None
+        )
+        if reason is not None:
+            return Plan(key=None, read=False, write=False, ttl_s=0.0, reason=reason)
+        key = cache_key.derive(
+            tenant=None if config.shared_between_tenants else request.tenant.id,
+            endpoint=request.endpoint.path,
+            query=request.query,
+            model=request.model,
+            revision=rule.revision if rule else None,
+            headers=request.forward,
+            body=request.body,
+            parsed=request.parsed,
+        )
+        ttl_s = request.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
+        return Plan(key=key, read=request.cache_mode is not CacheMode.REFRESH, write=True, ttl_s=ttl_s, reason="")
+
+    async def lookup(self, plan: Plan, request: InferenceRequest) -> Hit | None:
+        """The stored answer in the form that the request wants. Raises RateLimited beyond `hits_per_second`."""
+        assert plan.key is not None
+        begun_s = self._clock.now()
+        data = await self._store.get(self._name(plan.key, request))
+        hit = self._serve(data, request) if data is not None else None
+        now = self._clock.now()
+        self._lookup_seconds.observe(now - begun_s)
+        if hit is None:
+            self._misses += 1
+            return None
+        self._bound_hits(request.tenant.id, now)
+        self._hits += 1
+        self._metrics.gpu_seconds_saved.inc(hit.node_seconds)
+        return hit
+
+    def store(
+        self, plan: Plan, request: InferenceRequest, *, stream: bool, kind: bytes, body: bytes, took_s: float
+    ) -> None:
+        """Keep a whole good answer; returns at once. Too large an answer is not kept."""
+        if plan.key is None or not plan.write or len(body) > self._config.max_entry_bytes:
+            return
+        entry = Stored(
+            stream=stream, content_type=kind, body=body, stored_wall_s=self._clock.wall(), node_seconds=took_s
+        )
+        self._store.put(self._name(plan.key, request), entry.encode(), plan.ttl_s)
+        self._stored += 1
+
+    @property
+    def max_entry_bytes(self) -> int:
+        """No larger answer is worth collecting."""
+        return self._config.max_entry_bytes
+
+    async def stats(self) -> dict[str, Any]:
+        """Hit figures since the start, for the admin API."""
+        looked = self._hits + self._misses
+        return {
+            "enabled": self._config.enabled,
+            "store": self._store.state(),
+            "hits": self._hits,
+            "misses": self._misses,
+            "hit_ratio": round(self._hits / looked, 4) if looked else None,
+            "stored": self._stored,
+        }
+
+    async def delete(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
+        """Remove what matches all that is given; how many answers went."""
+        return await self._store.delete(tenant=tenant, model=model, digest=key)
+
+    def _name(self, key: str, request: InferenceRequest) -> str:
+        tenant = None if self._config.shared_between_tenants else request.tenant.id
+        return cache_key.answer_name(tenant, request.model, key)
+
+    def _serve(self, data: bytes, request: InferenceRequest) -> Hit | None:
+        stored = Stored.decode(data)
+        if stored is None:
+            return None
+        body = _in_form(stored, request)
+        if body is None:
+            return None
+        kind = stored.content_type
+        if request.stream != stored.stream:
+            kind = b"text/event-stream; charset=utf-8" if request.stream else b"application/json"
+        age_s = max(0.0, self._clock.wall() - stored.stored_wall_s)
+        return Hit(body, kind, request.stream, age_s, stored.node_seconds)
+
+    def _bound_hits(self, tenant: TenantId, now: float) -> None:
+        bucket = self._hit_buckets.get(tenant)
+        if bucket is None:
+            rate = self._config.hits_per_second
+            bucket = self._hit_buckets[tenant] = TokenBucket(rate, max(1.0, rate))
+        wait_s = bucket.try_take(1.0, now)
+        if wait_s > 0.0:
+            self._metrics.shed.of("cache_hits").inc()
+            raise RateLimited("too many cached answers per second for this key", retry_after_s=wait_s)
+
+
+def _in_form(stored: Stored, request: InferenceRequest) -> bytes | None:
+    """The stored answer as this request wants it; None where it cannot be had faithfully, which is a miss."""
+    if request.endpoint.dialect is not Dialect.OPENAI or not request.endpoint.streams:
+        return stored.body if stored.stream == request.stream else None
+    chat = request.endpoint.name == "chat"
+    if stored.stream and request.stream:
+        return convert.for_replay(stored.body, include_usage=request.wants_usage)
+    if stored.stream:
+        return convert.stream_to_unary(stored.body, chat=chat)
+    if request.stream:
+        return convert.unary_to_stream(stored.body, chat=chat, include_usage=request.wants_usage)
+    return stored.body

@@ -1,0 +1,150 @@
+"""The subcommands of gpu-balancer. Imports are lazy: `serve` has to answer within a second of its start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a subcommand; the exit status is 0, 1 (could not start), or 2 (wrong usage or settings)."""
+    args = _parser().parse_args(argv)
+    args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gpu-balancer", description="A health-aware load balancer for GPU inference.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the balancer")
+    serve.add_argument("--config", metavar="FILE", help="settings file (YAML); default: $BALANCER_CONFIG")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="data port")
+    serve.add_argument("--ops-listen", metavar="HOST:PORT", help="operations port")
+    serve.add_argument(
+        "--node",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="URL[,id=NAME][,agent=URL][,weight=F][,model=NAME]…; once per node",
+    )
+    serve.add_argument("--redis-url", metavar="URL", help="shared cache and limits; default: in this process")
+    serve.set_defaults(run=_serve)
+
+    demo = commands.add_parser("demo", help="everything on this machine: simulated nodes, agents, balancer, traffic")
+    demo.add_argument("--nodes", type=int, default=4, metavar="N", help="simulated GPU nodes (default 4)")
+    demo.add_argument("--seconds", type=float, default=None, help="end by itself after this long")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser("check-config", help="validate a settings file and print what is in force")
+    check.add_argument("file", metavar="FILE")
+    check.set_defaults(run=_check_config)
+
+    new_key = commands.add_parser("new-key", help="make an API key")
+    new_key.add_argument("--tenant", required=True, metavar="NAME")
+    new_key.set_defaults(run=_new_key)
+    return parser
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    for line in message.splitlines() or [""]:
+        print(f"gpu-balancer: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from balancer import log
+    from balancer.app import serve
+    from balancer.settings import Settings, SettingsError, load
+
+    path = args.config or os.environ.get("BALANCER_CONFIG")
+    overrides = _overrides(args)
+
+    def read() -> Settings:
+        return load(path, overrides)
+
+    try:
+        settings = read()
+    except SettingsError as error:
+        _fail(str(error), 2)
+    if not settings.nodes:
+        _fail("nodes: none are configured; name one with --node URL or in the settings file", 2)
+    lines = log.set_up(settings.log.level, settings.log.format)
+    try:
+        serve(settings, read)
+    except OSError as error:
+        _fail(str(error), 1)
+    finally:
+        if lines is not None:
+            lines.flush()
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    if args.listen:
+        overrides["listen"] = args.listen
+    if args.ops_listen:
+        overrides["ops_listen"] = args.ops_listen
+    if args.redis_url:
+        overrides["redis"] = {"url": args.redis_url}
+    if args.node:
+        overrides["nodes"] = [_node(spec) for spec in args.node]
+    return overrides
+
+
+def _node(spec: str) -> dict[str, Any]:
+    """A node SPEC as settings: `URL[,id=NAME][,agent=URL][,weight=F][,model=NAME]…`."""
+    url, *rest = spec.split(",")
+    node: dict[str, Any] = {"url": url}
+    for part in rest:
+        name, separator, value = part.partition("=")
+        if not separator or name not in ("id", "agent", "weight", "model"):
+            _fail(f"--node {spec}: {part!r} is none of id=, agent=, weight=, model=", 2)
+        if name == "model":
+            node.setdefault("models", []).append(value)
+        else:
+            node[name] = value
+    return node
+
+
+def _check_config(args: argparse.Namespace) -> None:
+    import yaml
+
+    from balancer.settings import SettingsError, load, masked
+
+    try:
+        settings = load(args.file, {})
+    except SettingsError as error:
+        _fail(str(error), 2)
+    print(yaml.safe_dump(masked(settings), sort_keys=False, allow_unicode=True), end="")
+
+
+def _new_key(args: argparse.Namespace) -> None:
+    import hashlib
+    import secrets
+
+    from balancer.settings import KeyConfig
+
+    key = f"gb-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    try:
+        from pydantic import TypeAdapter, ValidationError
+
+        TypeAdapter(KeyConfig).validate_python({"tenant": args.tenant, "sha256": digest})
+    except ValidationError as error:
+        _fail(f"--tenant: {error.errors()[0]['msg']}", 2)
+    print(f"key:      {key}")
+    print(f"settings: - {{tenant: {args.tenant}, sha256: \"{digest}\"}}")
+    print("The key is shown once; the settings (auth.keys) hold only its hash.", file=sys.stderr)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from loadtest.demo import run
+
+    sys.exit(run(nodes=args.nodes, seconds=args.seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""A node: one inference server and the GPUs it runs on; what we select."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from balancer.core.breaker import Breaker
+from balancer.core.health import HealthState, NodeReport, Verdict
+from balancer.core.load import Load
+from balancer.core.request import NodeId
+
+# After joining or recovering a node's share grows from RAMP_FLOOR to all of it over this many seconds.
+RAMP_S = 10.0
+RAMP_FLOOR = 0.1
+# A node that pushed back keeps this share of its weight, and has all of it again after CUT_S.
+CUT_FLOOR = 0.5
+CUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """A node as the operator names it."""
+
+    url: str
+    id: str | None = None
+    agent: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    models: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    api_key: str | None = None
+    api_key_file: str | None = None
+
+
+ANY_MODEL: frozenset[str] = frozenset({"*"})  # a node without a model list: it takes what it is sent
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """The live state of one node. The registry is its only writer, apart from `load` and `breaker`."""
+
+    config: NodeConfig
+    id: NodeId
+    breaker: Breaker
+    load: Load = field(default_factory=Load)
+    drained_by_operator: bool = False
+    drained_by_agent: bool = False
+    listed_models: frozenset[str] | None = None  # from GET /v1/models; None: not heard yet
+    health: HealthState = field(default_factory=HealthState)
+    report: NodeReport | None = None
+    report_at_s: float = 0.0  # when what the report says was true
+    check_up: bool | None = None  # active checks: None before the first
+    check_reason: str = ""
+    answered_s: float = float("-inf")  # last good answer: stands in for an active check
+    blocked_until_s: float = float("-inf")  # its own Retry-After
+    blocked_by: int = 0  # the status it said so with
+    cut_s: float = float("-inf")  # when it last pushed back
+    ramp_from_s: float = float("-inf")  # when it joined or recovered
+    models: frozenset[str] | None = field(init=False)
+    weight: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.models = frozenset(self.config.models) or None
+        self.weight = self.config.weight
+
+    def __repr__(self) -> str:
+        return f"<Node {self.id} {self.state(self.answered_s)} rif={self.load.rif} breaker={self.breaker.state}>"
+
+    @property
+    def known_models(self) -> frozenset[str] | None:
+        """What it serves: as configured, else as it listed; None while nobody knows."""
+        return self.models if self.models is not None else self.listed_models
+
+    def serves(self, model: str) -> bool | None:
+        """Whether it serves `model`; None while nobody knows."""
+        known = self.known_models
+        return None if known is None else (model in known or known is ANY_MODEL)
+
+    @property
+    def drained(self) -> bool:
+        """Asked to take nothing new, by whom ever."""
+        return self.drained_by_operator or self.drained_by_agent
+
+    @property
+    def known_down(self) -> bool:
+        """Active checks or its agent say that nothing answers there."""
+        return self.check_up is False or self.health.verdict is Verdict.OUT
+
+    @property
+    def judged(self) -> bool:
+        """Whether any evidence about it has come in yet."""
+        return self.check_up is not None or self.report is not None or self.answered_s > float("-inf")
+
+    def has_room(self) -> bool:
+        """Whether one more request may be sent to it."""
+        limit = self.config.max_in_flight
+        return limit is None or self.load.rif < limit
+
+    def share(self, now: float) -> float:
+        """Its weight as it counts now: slow start, recent back-pressure and degraded health taken off."""
+        share = self.weight * self.health.weight
+        since_ramp_s = now - self.ramp_from_s
+        if since_ramp_s < RAMP_S:
+            share *= RAMP_FLOOR + (1.0 - RAMP_FLOOR) * max(0.0, since_ramp_s) / RAMP_S
+        since_cut_s = now - self.cut_s
+        if since_cut_s < CUT_S:
+            share *= CUT_FLOOR + (1.0 - CUT_FLOOR) * since_cut_s / CUT_S
+        return share
+
+    def state(self, now: float) -> str:
+        """One word for people and for the metric: drained, down, out, open, blocked, degraded or ready."""
+        if self.drained:
+            return "drained"
+        if self.check_up is False:
+            return "down"
+        if self.health.verdict is Verdict.OUT:
+            return "out"
+        if not self.breaker.is_closed:
+            return self.breaker.state
+        if self.blocked_until_s > now:
+            return "blocked"
+        return "degraded" if self.health.verdict is Verdict.DEGRADED else "ready"
+
+
+NODE_STATES = ("ready", "degraded", "blocked", "open", "half-open", "out", "down", "drained")

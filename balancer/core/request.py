@@ -1,0 +1,116 @@
+"""What a request is, once it is understood: who asks, for which model, how long there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, NewType
+
+TenantId = NewType("TenantId", str)
+NodeId = NewType("NodeId", str)
+
+ANONYMOUS = TenantId("anonymous")
+
+# Generated tokens expected of a request that does not say: the prior until the model's own mean is known.
+EXPECTED_OUTPUT_TOKENS = 256
+# Bytes of JSON text that make one prompt token: English averages near 4 with GPT-like vocabularies.
+BYTES_PER_TOKEN = 4.0
+
+
+class Priority(Enum):
+    """Who goes first when there is a queue; lower goes first."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+class CacheMode(Enum):
+    """What `X-Balancer-Cache` asks for."""
+
+    DEFAULT = "default"
+    BYPASS = "bypass"
+    REFRESH = "refresh"
+    ONLY = "only"
+    EXACT = "exact"
+
+
+class Dialect(Enum):
+    """How an endpoint streams: its good end, its error event, its first content (contract, "Dialects")."""
+
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    RESPONSES = "responses"
+    TGI = "tgi"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """One path of the data port and what may be done with its requests."""
+
+    path: str
+    name: str
+    dialect: Dialect = Dialect.PLAIN
+    streams: bool = False  # `stream: true` in the body asks for a stream
+    always_streams: bool = False  # the path itself does
+    samples: bool = False  # has a temperature: only deterministic requests are cacheable by default
+    cacheable: bool = True
+    multipart: bool = False
+    binary: bool = False  # a good answer need not be JSON
+    object_only: bool = True  # a good answer is a JSON object, never an array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tenant:
+    """Who pays: the identity behind one key, and what it may use. Limits of None fall back to the defaults."""
+
+    id: TenantId
+    requests_per_minute: float | None = None
+    burst: float | None = None
+    tokens_per_minute: float | None = None
+    max_in_flight: int | None = None
+    models: frozenset[str] | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class InferenceRequest:
+    """One understood request. Nothing but `tried` changes once it is built; not frozen because that costs 2 µs each."""
+
+    id: str
+    endpoint: Endpoint
+    target: bytes  # path and query as the client sent them
+    query: bytes
+    model: str  # after alias
+    body: bytes  # the client's, byte for byte, unless an alias had to change it
+    usage_body: bytes | None  # the same with usage asked for, where the client did not
+    parsed: dict[str, Any] | None  # the JSON body; None for multipart
+    stream: bool
+    tenant: Tenant
+    accepted_s: float
+    deadline_s: float
+    priority: Priority = Priority.NORMAL
+    session: str | None = None
+    cache_mode: CacheMode = CacheMode.DEFAULT
+    cache_ttl_s: float | None = None
+    forward: tuple[tuple[bytes, bytes], ...] = ()  # client headers that may go to a node
+    head_lines: bytes = b""  # the same as they stand in a head, and what we add for every node
+    choices: int = 1
+    wants_usage: bool = False  # the client asked for usage in its stream
+    http10: bool = False
+    replayable: bool = True  # False: once sent it must not be sent again
+    tried: set[NodeId] = field(default_factory=set)
+
+    def prompt_tokens(self) -> float:
+        """Prompt tokens estimated from the body's bytes."""
+        return max(1.0, len(self.body) / BYTES_PER_TOKEN)
+
+    def max_tokens(self) -> int:
+        """Tokens that may be generated: what the body allows, else the prior."""
+        parsed = self.parsed
+        if parsed is not None:
+            for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+                value = parsed.get(name)
+                if type(value) is int and value > 0:
+                    return value
+        return EXPECTED_OUTPUT_TOKENS

@@ -1,0 +1,72 @@
+"""Whether a failed attempt is followed by another, and after how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Annotated
+
+from pydantic import Field
+
+from balancer.core.outcome import Again, Outcome
+from balancer.core.retry_budget import RetryBudget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """When a failed attempt may be followed by another."""
+
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    base_s: Annotated[float, Field(ge=0)] = 0.05  # first back-off; doubles each time
+    max_s: Annotated[float, Field(ge=0)] = 2.0
+    budget_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2  # retries per success, fleet-wide
+    min_retries_per_s: Annotated[float, Field(ge=0)] = 10.0  # so a quiet service can still retry
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try again after `after_s` seconds."""
+
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """The last outcome stands; `reason` says why there is no other try."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class RetryPlan:
+    """The retries of one request. Owns its count of attempts; shares the fleet's budget."""
+
+    policy: RetryPolicy
+    budget: RetryBudget
+    rng: Random
+    deadline_s: float
+    counted: int = field(init=False, default=0)  # attempts that used up one of `max_attempts`
+
+    def next(self, outcome: Outcome, now: float, *, replayable: bool = True) -> Retry | GiveUp:
+        """The answer to one failed attempt. `replayable`: whether its request may be sent a second time."""
+        again = outcome.ruling.again
+        if again is Again.NEVER:
+            return GiveUp("final")
+        if again is Again.FREE:
+            return Retry(0.0) if now < self.deadline_s else GiveUp("deadline")
+        self.counted += 1
+        if not replayable:
+            return GiveUp("not_replayable")
+        if self.counted >= self.policy.max_attempts:
+            return GiveUp("max_attempts")
+        after_s = self._backoff_s()
+        if now + after_s >= self.deadline_s:
+            return GiveUp("deadline")
+        if not self.budget.try_spend(now):
+            return GiveUp("budget")
+        return Retry(after_s)
+
+    def _backoff_s(self) -> float:
+        """Exponential, half of it jitter, so that the victims of one death do not arrive together."""
+        full_s = min(self.policy.max_s, self.policy.base_s * 2.0 ** (self.counted - 1))
+        return full_s * self.rng.uniform(0.5, 1.0)

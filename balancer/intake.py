@@ -1,0 +1,282 @@
+"""Head and body -> InferenceRequest. Everything a client can get wrong is a 4xx here, before any node hears of it."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import orjson
+
+from balancer.auth import Auth
+from balancer.core import cache_key, json_splice
+from balancer.core.request import CacheMode, Dialect, Endpoint, InferenceRequest, Priority, Tenant
+from balancer.errors import BadRequest, ClientError
+from balancer.registry import Registry
+from balancer.settings import ModelRule, Settings
+from balancer.wire.framing import SAFE_VALUE, connection_tokens, header_lines, media_type
+from balancer.wire.inbound import InboundRequest
+
+# Client headers that go to nodes by name; `anthropic-*` and `openai-*` go by prefix (contract, "Bodies and headers").
+_FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"traceparent", b"tracestate", b"baggage"})
+_PREFIXES = (b"anthropic-", b"openai-")
+# Where `model` and `stream` of a multipart upload have to stand.
+MULTIPART_HEAD_BYTES = 64 * 1024
+_T = TypeVar("_T")
+_ASK_USAGE = {"include_usage": True}
+_MODES = {mode.value.encode(): mode for mode in CacheMode if mode is not CacheMode.DEFAULT}
+_PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
+
+
+class Head:
+    """What a request's head says, once it has passed."""
+
+    __slots__ = ("cache_mode", "cache_ttl_s", "endpoint", "id", "priority", "session", "tenant", "timeout_s")
+
+    def __init__(self, endpoint: Endpoint, tenant: Tenant, headers: Mapping[bytes, bytes], id_: str) -> None:
+        self.endpoint = endpoint
+        self.tenant = tenant
+        self.id = id_
+        self.timeout_s: float | None = None
+        self.priority = Priority.NORMAL
+        self.session: str | None = None
+        self.cache_mode = CacheMode.DEFAULT
+        self.cache_ttl_s: float | None = None
+        for name in headers:
+            if name.startswith(b"x-balancer-"):
+                self._read_ours(headers)
+                break
+
+    def _read_ours(self, headers: Mapping[bytes, bytes]) -> None:
+        self.timeout_s = _seconds(headers, b"x-balancer-timeout-s")
+        self.cache_ttl_s = _seconds(headers, b"x-balancer-cache-ttl-s")
+        self.priority = _one_of(headers, b"x-balancer-priority", _PRIORITIES, Priority.NORMAL)
+        self.cache_mode = _one_of(headers, b"x-balancer-cache", _MODES, CacheMode.DEFAULT)
+        session = headers.get(b"x-balancer-session")
+        if session is not None:
+            if not SAFE_VALUE.fullmatch(session):
+                raise _bad_header(b"x-balancer-session", "1 to 128 visible ASCII characters")
+            self.session = session.decode("ascii")
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's X-Request-Id, or a new one. Raises BadRequest for one that cannot be echoed."""
+    given = headers.get(b"x-request-id")
+    if given is None:
+        return uuid.uuid4().hex
+    if not SAFE_VALUE.fullmatch(given):
+        raise _bad_header(b"x-request-id", "1 to 128 visible ASCII characters")
+    return given.decode("ascii")
+
+
+class Intake:
+    """Understands requests under the settings of the moment."""
+
+    def __init__(self, settings: Settings, registry: Registry, auth: Auth) -> None:
+        self._registry = registry
+        self.configure(settings, auth)
+
+    def configure(self, settings: Settings, auth: Auth) -> None:
+        """New settings, for requests that come from now on."""
+        self._auth = auth
+        self._total_s = settings.timeouts.total_s
+        self._json_depth = settings.limits.json_depth
+        self._ask_usage = settings.upstream.ask_usage
+        self._forwarded = _FORWARDED | {name.lower().encode() for name in settings.upstream.forward_headers}
+        self._aliases = {alias: rule.name for rule in settings.models for alias in rule.aliases}
+        self.rules: Mapping[str, ModelRule] = {rule.name: rule for rule in settings.models}
+
+    def head(self, endpoint: Endpoint, inbound: InboundRequest, id_: str) -> Head:
+        """Judge a head. Raises Unauthenticated, BadRequest or ClientError."""
+        headers = inbound.headers
+        tenant = self._auth.identify(headers)
+        encoding = headers.get(b"content-encoding")
+        if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
+            raise ClientError(
+                "a body with a Content-Encoding is not taken here", status=415, code="unsupported_encoding"
+            )
+        return Head(endpoint, tenant, headers, id_)
+
+    def understand(self, inbound: InboundRequest) -> InferenceRequest:
+        """The request that a head and a body make. Raises BadRequest, Forbidden."""
+        head: Head = inbound.context
+        endpoint, body = head.endpoint, inbound.body
+        parsed: dict[str, Any] | None = None
+        if endpoint.multipart:
+            model, stream = self._read_multipart(inbound)
+        else:
+            parsed = self._parse(body)
+            model, stream = parsed.get("model"), parsed.get("stream", False)
+        if model is not None and not isinstance(model, str):
+            raise BadRequest("model: must be a string", param="model")
+        if stream is None:
+            stream = False
+        if not isinstance(stream, bool):
+            raise BadRequest("stream: must be true or false", param="stream")
+        stream = endpoint.always_streams or (stream and endpoint.streams)
+        if inbound.version == "1.0" and stream:
+            raise BadRequest("streams need HTTP/1.1", param="stream")
+        if model is None:
+            model = self._only_model()
+        elif model in self._aliases:
+            model = self._aliases[model]
+            if parsed is not None:
+                body = json_splice.replace_member(body, "model", model)
+        self._auth.permit_model(head.tenant, model)
+        forward = self._forward(inbound.headers)
+        usage_body, wants_usage = self._usage(endpoint, stream, parsed, body)
+        request = InferenceRequest(
+            id=head.id,
+            endpoint=endpoint,
+            target=inbound.target,
+            query=inbound.target.partition(b"?")[2],
+            model=model,
+            body=body,
+            usage_body=usage_body,
+            parsed=parsed,
+            stream=stream,
+            tenant=head.tenant,
+            accepted_s=inbound.received_s,
+            deadline_s=inbound.received_s + min(self._total_s, head.timeout_s or self._total_s),
+            priority=head.priority,
+            session=head.session,
+            cache_mode=head.cache_mode,
+            cache_ttl_s=head.cache_ttl_s,
+            forward=forward,
+            head_lines=header_lines(forward) + b"x-request-id: %b\r\naccept-encoding: identity\r\n" % head.id.encode(),
+            choices=_choices(parsed),
+            wants_usage=wants_usage,
+            http10=inbound.version == "1.0",
+            replayable=not (endpoint.dialect is Dialect.RESPONSES and parsed is not None and bool(parsed.get("store"))),
+        )
+        if endpoint.dialect is Dialect.RESPONSES:
+            self._refuse_split_memory(request)
+        return request
+
+    def _parse(self, body: bytes) -> dict[str, Any]:
+        cache_key.check_depth(body, self._json_depth)
+        cache_key.check_numbers(body)
+        try:
+            parsed = orjson.loads(body)
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
+        if not isinstance(parsed, dict):
+            raise BadRequest("the body must be a JSON object", code="invalid_json")
+        if not cache_key.is_exact(body, parsed) and json_splice.repeated_members(body):
+            raise BadRequest("the body has a name twice, which can be read two ways", code="invalid_json")
+        return parsed
+
+    def _read_multipart(self, inbound: InboundRequest) -> tuple[str | None, bool]:
+        kind = inbound.headers.get(b"content-type", b"")
+        if media_type(kind) != b"multipart/form-data":
+            raise BadRequest("the body must be multipart/form-data", param="content-type")
+        fields = form_fields(inbound.body[:MULTIPART_HEAD_BYTES], kind)
+        return fields.get("model"), fields.get("stream", "").lower() in ("true", "1")
+
+    def _only_model(self) -> str:
+        """The fleet's only model, for a body that names none."""
+        models = self._registry.models()
+        if len(models) == 1:
+            return next(iter(models))
+        if models:
+            raise BadRequest("model: is missing, and there is more than one here", param="model")
+        return ""
+
+    def _forward(self, headers: Mapping[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
+        dropped = connection_tokens(headers[b"connection"]) if b"connection" in headers else ()
+        return tuple(
+            [
+                pair
+                for pair in headers.items()
+                if (pair[0] in self._forwarded or pair[0].startswith(_PREFIXES)) and pair[0] not in dropped
+            ]
+        )
+
+    def _usage(
+        self, endpoint: Endpoint, stream: bool, parsed: dict[str, Any] | None, body: bytes
+    ) -> tuple[bytes | None, bool]:
+        """The body with usage asked for, where the client did not; and whether the client did."""
+        if not stream or parsed is None or endpoint.dialect is not Dialect.OPENAI:
+            return None, True
+        options = parsed.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
+            return None, True
+        if not self._ask_usage:
+            return None, False
+        if "stream_options" not in parsed:
+            return json_splice.append_member(body, "stream_options", _ASK_USAGE), False
+        if options is None or isinstance(options, dict):
+            return json_splice.replace_member(body, "stream_options", {**(options or {}), **_ASK_USAGE}), False
+        return None, False  # not an object: the node will say what it thinks of it
+
+    def _refuse_split_memory(self, request: InferenceRequest) -> None:
+        """What leans on a node's own memory needs the node that has it: fine while there is only one."""
+        parsed = request.parsed or {}
+        leaning = [name for name in ("previous_response_id", "conversation") if parsed.get(name) is not None]
+        if parsed.get("background") is True:
+            leaning.append("background")
+        if leaning and len(self._registry.serving(request.model)) > 1:
+            raise BadRequest(
+                f"{leaning[0]}: needs a node's own memory, and several nodes serve this model", param=leaning[0]
+            )
+
+
+def form_fields(data: bytes, content_type: bytes) -> dict[str, str]:
+    """The short text fields of a multipart/form-data body's beginning; parts with a file name are passed over."""
+    boundary = b""
+    for parameter in content_type.split(b";")[1:]:
+        name, _, value = parameter.strip().partition(b"=")
+        if name.lower() == b"boundary":
+            boundary = value.strip(b'"')
+    if not boundary or len(boundary) > 70:
+        raise BadRequest("multipart/form-data without a boundary", param="content-type")
+    fields: dict[str, str] = {}
+    for part in data.split(b"--" + boundary)[1:]:
+        head, separator, value = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        if not separator or not value.endswith(b"\r\n") or b"filename" in head:
+            continue
+        for line in head.split(b"\r\n"):
+            if line.lower().startswith(b"content-disposition:") and b'name="' in line:
+                name = line.split(b'name="', 1)[1].split(b'"', 1)[0]
+                fields[name.decode("utf-8", "replace")] = value[:-2].decode("utf-8", "replace")
+    return fields
+
+
+def _choices(parsed: dict[str, Any] | None) -> int:
+    """How many choices a stream has to finish: n, times the prompts of a completions batch."""
+    if parsed is None:
+        return 1
+    n = parsed.get("n")
+    choices = n if type(n) is int and n > 0 else 1
+    prompt = parsed.get("prompt")
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        choices *= len(prompt)
+    return choices
+
+
+def _seconds(headers: Mapping[bytes, bytes], name: bytes) -> float | None:
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds < math.inf or b"_" in value:
+        raise _bad_header(name, "a positive number of seconds")
+    return seconds
+
+
+def _one_of(headers: Mapping[bytes, bytes], name: bytes, known: Mapping[bytes, _T], default: _T) -> _T:
+    value = headers.get(name)
+    if value is None:
+        return default
+    found = known.get(value.strip().lower())
+    if found is None:
+        raise _bad_header(name, "one of " + ", ".join(key.decode() for key in known))
+    return found
+
+
+def _bad_header(name: bytes, wanted: str) -> BadRequest:
+    return BadRequest(f"{name.decode()}: must be {wanted}", code="invalid_header", param=name.decode())

@@ -1,0 +1,101 @@
+"""structlog set-up: console on a terminal, JSON lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any, BinaryIO, Literal
+
+import orjson
+import structlog
+
+# Lines wait at most this long for company: one write a line would cost more than making the line.
+FLUSH_S = 0.1
+FLUSH_BYTES = 64 * 1024
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+LogFormat = Literal["auto", "console", "json"]
+
+
+class BufferedLines:
+    """A structlog logger that collects lines and writes them together; warnings and worse go out at once."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._handle: asyncio.TimerHandle | None = None
+
+    def info(self, line: bytes) -> None:
+        """Write soon."""
+        self._lines.append(line)
+        self._bytes += len(line)
+        if self._bytes > FLUSH_BYTES:
+            self.flush()
+        elif self._handle is None:
+            try:
+                self._handle = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+            except RuntimeError:  # no loop runs: start-up and shutdown
+                self.flush()
+
+    debug = info
+
+    def warning(self, line: bytes) -> None:
+        """Write now."""
+        self._lines.append(line)
+        self.flush()
+
+    error = critical = exception = warning
+
+    def flush(self) -> None:
+        """Write everything collected so far."""
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        if self._lines:
+            lines, self._lines, self._bytes = self._lines, [], 0
+            try:
+                self._stream.write(b"\n".join(lines) + b"\n")
+                self._stream.flush()
+            except OSError:
+                pass  # whoever read our stderr is gone; serving matters more
+
+
+def _to_json(event: dict[str, Any], **_: Any) -> bytes:
+    return orjson.dumps(event, default=str)
+
+
+def set_up(level: str, format_: LogFormat) -> BufferedLines | None:
+    """Configure structlog for this process; returns what has to be flushed at the end, if anything."""
+    minimum = structlog.make_filtering_bound_logger(LEVELS[level])
+    if format_ == "console" or (format_ == "auto" and sys.stderr.isatty()):
+        structlog.configure(
+            processors=[
+                structlog.processors.add_log_level,
+                structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+                structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            ],
+            wrapper_class=minimum,
+            logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+            cache_logger_on_first_use=True,
+        )
+        return None
+    lines = BufferedLines(sys.stderr.buffer)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(serializer=_to_json),
+        ],
+        wrapper_class=minimum,
+        logger_factory=lambda *_: lines,
+        cache_logger_on_first_use=True,
+    )
+    return lines
+
+
+def get_logger() -> structlog.typing.FilteringBoundLogger:
+    """The process's logger, set up or not yet."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+    return logger

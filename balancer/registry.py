@@ -1,0 +1,328 @@
+"""The live fleet: the only writer of Node, and the keeper of who may be asked for which model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from random import Random
+from typing import Any
+
+from balancer.core.breaker import Breaker, BreakerPolicy, Change, Closed, HalfOpened, Opened, Permit
+from balancer.core.health import HealthPolicy, HealthState, HostReport, NodeReport, Verdict, assess
+from balancer.core.node import ANY_MODEL, NODE_STATES, Node, NodeConfig
+from balancer.core.outcome import Outcome
+from balancer.core.request import NodeId
+from balancer.core.selection import Candidates, RoutingPolicy, sift
+from balancer.log import get_logger
+from balancer.metrics import Metrics
+from balancer.settings import node_id
+
+# A node that says 429 or 503 without a Retry-After is left alone this long; with one, never longer than the second.
+DEFAULT_REST_S = 1.0
+MAX_REST_S = 60.0
+
+log = get_logger()
+
+
+class Registry:
+    """Every node with its state. Anything that changes who is eligible goes through here and drops what was kept."""
+
+    def __init__(
+        self,
+        *,
+        routing: RoutingPolicy,
+        breaker: BreakerPolicy,
+        health: HealthPolicy,
+        stale_s: float,
+        metrics: Metrics,
+        now: Callable[[], float],
+        rng: Random,
+    ) -> None:
+        self._routing = routing
+        self._breaker_policy = breaker
+        self._health_policy = health
+        self._stale_s = stale_s
+        self._metrics = metrics
+        self._now = now
+        self._rng = rng
+        self._nodes: dict[NodeId, Node] = {}
+        self._candidates: dict[str, Candidates] = {}
+        self._last_states: dict[NodeId, str] = {}
+        self._listeners: list[Callable[[], None]] = []
+        self.started_s = now()
+        self._register_gauges()
+
+    def __repr__(self) -> str:
+        return f"<Registry {' '.join(map(repr, self._nodes.values()))}>"
+
+    def configure(self, routing: RoutingPolicy) -> None:
+        """New routing settings."""
+        self._routing = routing
+        self.touch()
+
+    # -- who is there
+
+    @property
+    def nodes(self) -> Mapping[NodeId, Node]:
+        """All nodes by id."""
+        return self._nodes
+
+    def put(self, config: NodeConfig) -> Node:
+        """Add a node, or replace one of the same id: its evidence and running requests stay with it."""
+        id_ = NodeId(node_id(config))
+        old = self._nodes.get(id_)
+        if old is not None and old.config.url == config.url:
+            old.config = config
+            old.models = frozenset(config.models) or None
+            old.weight = config.weight
+            self.touch()
+            return old
+        node = Node(config, id_, Breaker(self._breaker_policy, self._rng))
+        if self._now() - self.started_s > 1.0:
+            node.ramp_from_s = self._now()  # a newcomer among warm nodes
+        self._nodes[id_] = node
+        log.info("node.added", node=id_, url=config.url)
+        self.touch()
+        return node
+
+    def remove(self, id_: NodeId) -> Node | None:
+        """Forget a node; what runs there ends by itself."""
+        node = self._nodes.pop(id_, None)
+        if node is not None:
+            self._metrics.attempts.forget("node", id_)
+            self._last_states.pop(id_, None)
+            log.info("node.removed", node=id_)
+            self.touch()
+        return node
+
+    def replace_all(self, configs: Iterable[NodeConfig]) -> None:
+        """Make the fleet what the configuration says, keeping the state of nodes that stay."""
+        wanted = {NodeId(node_id(config)): config for config in configs}
+        for id_ in [id_ for id_ in self._nodes if id_ not in wanted]:
+            self.remove(id_)
+        for config in wanted.values():
+            self.put(config)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever who is eligible may have changed: waiting requests look again."""
+        self._listeners.append(listener)
+
+    # -- who may be asked
+
+    def candidates(self, model: str, now: float) -> Candidates:
+        """The nodes that may be asked for `model` now; worked out anew only when evidence changed."""
+        kept = self._candidates.get(model)
+        if kept is not None and now < kept.until_s:
+            return kept
+        found = sift(self.serving(model), self._routing, now)
+        if len(self._candidates) > 1024:
+            self._candidates.clear()
+        self._candidates[model] = found
+        return found
+
+    def serving(self, model: str) -> list[Node]:
+        """Nodes whose list has the model; while a list is unknown its node stands in for models nobody lists."""
+        known = [node for node in self._nodes.values() if node.serves(model)]
+        return known or [node for node in self._nodes.values() if node.serves(model) is None]
+
+    def serving_known(self, model: str) -> bool:
+        """Whether some node lists the model: a name that may be a metric's label."""
+        return any(model in (node.known_models or ()) for node in self._nodes.values())
+
+    def model_unknown(self, model: str) -> bool:
+        """True when every node's list is known and lacks the model."""
+        return bool(self._nodes) and all(node.serves(model) is False for node in self._nodes.values())
+
+    def models(self) -> dict[str, list[Node]]:
+        """Every listed model with the nodes that serve it."""
+        listed: dict[str, list[Node]] = {}
+        for node in self._nodes.values():
+            for model in node.known_models or ():
+                if model != "*":
+                    listed.setdefault(model, []).append(node)
+        return listed
+
+    def ready(self, now: float) -> str | None:
+        """None when a node is eligible by evidence, else the reason why not (`/readyz`)."""
+        if not self._nodes:
+            return "no nodes are configured"
+        for node in self._nodes.values():
+            waiting = not node.judged and now - self.started_s < 5.0
+            if not node.drained and not node.known_down and node.breaker.is_closed and (node.judged or waiting):
+                return None
+        return "no node is eligible by evidence"
+
+    # -- evidence, each kind on its own
+
+    def drain(self, id_: NodeId, *, drained: bool) -> Node | None:
+        """The operator's word."""
+        node = self._nodes.get(id_)
+        if node is not None and node.drained_by_operator != drained:
+            node.drained_by_operator = drained
+            if not drained:
+                node.ramp_from_s = self._now()
+            log.info("node.drained" if drained else "node.undrained", node=id_, by="operator")
+            self.touch()
+        return node
+
+    def observe(self, node: Node, host: HostReport, report: NodeReport, now: float) -> None:
+        """What the agent measured."""
+        previous = node.health
+        node.report = report
+        node.report_at_s = now - host.age_s
+        node.load.picks_since_report = 0
+        node.health = assess(report, previous, self._health_policy, now)
+        if host.drain != node.drained_by_agent:
+            node.drained_by_agent = host.drain
+            if not host.drain:
+                node.ramp_from_s = now
+            log.info("node.drained" if host.drain else "node.undrained", node=node.id, by="agent")
+            self.touch()
+        if node.health.verdict is not previous.verdict:
+            if previous.verdict is Verdict.OUT:
+                self._recovered(node, now)
+            log.info("node.judged", node=node.id, verdict=node.health.verdict.value, reasons=list(node.health.reasons))
+            self.touch()
+
+    def lose_report(self, node: Node, now: float) -> None:
+        """The agent has been silent too long: unknown, which is not down."""
+        if node.report is not None and now - node.report_at_s > self._stale_s:
+            log.warning("agent.lost", node=node.id, age_s=round(now - node.report_at_s, 1))
+            node.report = None
+            node.health = HealthState()
+            self.touch()
+
+    def checked(self, node: Node, up: bool | None, reason: str, now: float) -> None:
+        """The verdict of active checks, after `fall` and `rise`."""
+        if up == node.check_up:
+            return
+        was = node.check_up
+        node.check_up = up
+        node.check_reason = reason
+        if up and was is False:
+            log.info("node.recovered", node=node.id)
+            self._recovered(node, now)
+        elif up is False:
+            log.warning("node.lost", node=node.id, reason=reason)
+        self.touch()
+
+    def listed(self, node: Node, models: frozenset[str] | None) -> None:
+        """The answer to GET /v1/models; None: it has no such list and takes any model."""
+        new = ANY_MODEL if models is None else models
+        if new != node.listed_models:
+            node.listed_models = new
+            log.info("node.listed_models", node=node.id, models=sorted(new))
+            self.touch()
+
+    def blocked(self, node: Node, for_s: float | None, status: int, now: float) -> None:
+        """The node pushed back: leave it alone for its Retry-After, and cut its weight for a while."""
+        node.blocked_until_s = now + min(MAX_REST_S, DEFAULT_REST_S if for_s is None else for_s)
+        node.blocked_by = status
+        node.cut_s = now
+        self.touch()
+
+    # -- what requests met
+
+    def acquire(self, node: Node, *, panic: bool, now: float) -> Permit | None:
+        """Count one more request at the node and get its breaker's permit, in one step; None when it just closed."""
+        breaker = node.breaker
+        if breaker.is_closed:
+            permit: Permit | None = breaker.unguarded()
+        else:
+            permit, change = breaker.try_acquire(now, alone=True)
+            if permit is None and panic:
+                permit = breaker.unguarded()
+            self._changed(node, change)
+            self.touch()
+        if permit is not None:
+            node.load.begin()
+        return permit
+
+    def settle(self, node: Node, permit: Permit, outcome: Outcome, now: float) -> None:
+        """One attempt is over: its slot is free, and its outcome counts for what it says about the node."""
+        node.load.end()
+        ruling = outcome.ruling
+        if ruling.breaker is None:
+            node.breaker.release(permit)
+        elif ruling.breaker:
+            node.answered_s = now
+            node.load.succeeded(now)
+            if not node.breaker.is_closed:
+                change = node.breaker.record(permit, True, now)
+                if isinstance(change, Closed):
+                    self._recovered(node, now)
+                self._changed(node, change)
+            else:
+                node.breaker.record(permit, True, now)
+        else:
+            self._changed(node, node.breaker.record(permit, False, now))
+        if ruling.failure_price:
+            node.load.failed(now)
+        if node.config.max_in_flight is not None:
+            self._tell()
+
+    def touch(self) -> None:
+        """Evidence changed: who is eligible is worked out anew."""
+        self._candidates.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    def _recovered(self, node: Node, now: float) -> None:
+        node.ramp_from_s = now
+        node.breaker.nudge()
+
+    def _changed(self, node: Node, change: Change | None) -> None:
+        if change is None:
+            return
+        if isinstance(change, Opened):
+            log.warning("breaker.opened", node=node.id, reason=change.reason, for_s=round(change.for_s, 2))
+        elif isinstance(change, HalfOpened):
+            log.info("breaker.half_opened", node=node.id)
+        else:
+            log.info("breaker.closed", node=node.id)
+        self.touch()
+
+    # -- for people
+
+    def describe(self, node: Node, now: float) -> dict[str, Any]:
+        """One node as the admin API shows it."""
+        by_evidence = not node.drained and not node.known_down and node.breaker.admits(now)
+        by_panic = not by_evidence and any(kept.panic and node in kept.nodes for kept in self._candidates.values())
+        return {
+            "id": node.id,
+            "url": node.config.url,
+            "weight": node.config.weight,
+            "max_in_flight": node.config.max_in_flight,
+            "models": sorted(node.known_models) if node.known_models is not None else None,
+            "state": node.state(now),
+            "eligible": "evidence" if by_evidence else "panic" if by_panic else None,
+            "admin": {"drained_by_operator": node.drained_by_operator, "drained_by_agent": node.drained_by_agent},
+            "health": {"verdict": node.health.verdict.value, "reasons": list(node.health.reasons)},
+            "check": {"up": node.check_up, "reason": node.check_reason},
+            "breaker": node.breaker.state,
+            "load": {
+                "requests_in_flight": node.load.rif,
+                "ttft_s": round(node.load.ttft_s, 6),
+                "itl_s": round(node.load.itl_s, 6),
+                "failure": round(node.load.failure_now(now), 4),
+            },
+            "share": round(node.share(now), 4),
+            "blocked_for_s": round(max(0.0, node.blocked_until_s - now), 3),
+            "report": dict(node.report.raw) if node.report else None,
+            "report_age_s": round(now - node.report_at_s, 3) if node.report else None,
+        }
+
+    def _register_gauges(self) -> None:
+        breaker_values = {"closed": 0.0, "half-open": 1.0, "open": 2.0}
+        nodes = self._nodes
+        metrics = self._metrics
+        metrics.node_requests_in_flight.read = lambda: [((n.id,), float(n.load.rif)) for n in nodes.values()]
+        metrics.breaker_state.read = lambda: [((n.id,), breaker_values[n.breaker.state]) for n in nodes.values()]
+        metrics.report_age.read = lambda: [
+            ((n.id,), self._now() - n.report_at_s) for n in nodes.values() if n.report is not None
+        ]
+        metrics.node_state.read = lambda: [
+            ((n.id, state), float(n.state(self._now()) == state)) for n in nodes.values() for state in NODE_STATES
+        ]

@@ -1,0 +1,328 @@
+"""The data port: which path is what, and the one place where errors become answers."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from balancer.clock import Clock
+from balancer.core.request import Dialect, Endpoint
+from balancer.errors import BalancerError, Draining, MethodNotAllowed, NotFound
+from balancer.explain import Call
+from balancer.intake import Head, Intake, request_id
+from balancer.log import get_logger
+from balancer.proxy import Journal, Proxy
+from balancer.registry import Registry
+from balancer.wire.framing import SAFE_VALUE, DateHeader, status_line
+from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits, InboundRequest
+from balancer.wire.refusal import error_body, retry_after
+from balancer.wire.timers import TimerWheel
+
+log = get_logger()
+
+_OPENAI: dict[str, Any] = {"dialect": Dialect.OPENAI, "streams": True, "samples": True}
+_ENDPOINTS = (
+    Endpoint(path="/v1/chat/completions", name="chat", **_OPENAI),
+    Endpoint(path="/v1/completions", name="completions", **_OPENAI),
+    Endpoint(path="/v1/embeddings", name="embeddings"),
+    Endpoint(path="/v1/responses", name="responses", dialect=Dialect.RESPONSES, streams=True, samples=True),
+    Endpoint(path="/v1/messages", name="messages", dialect=Dialect.ANTHROPIC, streams=True, samples=True),
+    Endpoint(path="/v1/rerank", name="rerank", object_only=False),
+    Endpoint(path="/rerank", name="rerank", object_only=False),
+    Endpoint(path="/v1/score", name="score", object_only=False),
+    Endpoint(path="/score", name="score", object_only=False),
+    Endpoint(path="/pooling", name="pooling", object_only=False),
+    Endpoint(path="/classify", name="classify", object_only=False),
+    Endpoint(path="/tokenize", name="tokenize", object_only=False),
+    Endpoint(path="/detokenize", name="detokenize", object_only=False),
+    Endpoint(path="/generate", name="generate", dialect=Dialect.TGI, streams=True, samples=True, object_only=False),
+    Endpoint(path="/generate_stream", name="generate_stream", dialect=Dialect.TGI, always_streams=True, samples=True),
+    Endpoint(path="/v1/audio/transcriptions", name="transcriptions", multipart=True, binary=True, streams=True),
+    Endpoint(path="/v1/audio/translations", name="translations", multipart=True, binary=True, streams=True),
+    Endpoint(path="/v1/audio/speech", name="speech", binary=True, cacheable=False),
+    Endpoint(path="/v1/images/generations", name="images", samples=True),
+)
+ENDPOINTS = {endpoint.path.encode(): endpoint for endpoint in _ENDPOINTS}
+# The status in logs and metrics of a request whose client left before anything was sent (nginx's number for it).
+CLIENT_LEFT = 499
+# Answered here, by GET and HEAD.
+_MODELS = Endpoint(path="/v1/models", name="models", cacheable=False)
+_HEALTH = Endpoint(path="/healthz", name="healthz", cacheable=False)
+_MODELS_PREFIX = b"/v1/models/"
+
+
+class DataPort:
+    """Accepts client connections and turns requests into answers. `wire.inbound.Service` is its other face."""
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        intake: Intake,
+        proxy: Proxy,
+        journal: Journal,
+        registry: Registry,
+        limits: InboundLimits,
+        wheel: TimerWheel,
+        clock: Clock,
+        date: DateHeader,
+        origins: frozenset[bytes],
+    ) -> None:
+        self._listen = listen
+        self._intake = intake
+        self._proxy = proxy
+        self._journal = journal
+        self._registry = registry
+        self._limits = limits
+        self._wheel = wheel
+        self._clock = clock
+        self._date = date
+        self._origins = origins
+        self._server: asyncio.Server | None = None
+        self._connections: set[InboundConnection] = set()
+        self.buffered = Buffered(limits.buffered_bytes)
+        self.draining = False  # health says 503, requests are served
+        self.closing = False  # the listener is closed, new requests get 503
+
+    # -- the listener
+
+    async def start(self) -> None:
+        """Listen. Raises OSError with a message for people when the address cannot be had."""
+        host, port = split_address(self._listen)
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(self._connection(loop), host, port, backlog=4096)
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
+            raise OSError(f"listen: {self._listen}: {why}") from error
+
+    @property
+    def address(self) -> str:
+        """host:port as listened on."""
+        assert self._server is not None
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    @property
+    def connections(self) -> int:
+        """Open client connections."""
+        return len(self._connections)
+
+    def close_listener(self) -> None:
+        """Take no more connections; those at rest are closed, those at work close after their answer."""
+        self.closing = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.close_if_idle()
+
+    def working(self) -> list[InboundRequest]:
+        """Requests being answered."""
+        return [connection.working for connection in self._connections if connection.working is not None]
+
+    def cut_all(self) -> list[asyncio.Task[None]]:
+        """End what is still being answered with its error, now; the tasks that write it."""
+        return [task for connection in self._connections if (task := connection.cut_work()) is not None]
+
+    def _connection(self, loop: asyncio.AbstractEventLoop) -> Callable[[], InboundConnection]:
+        return lambda: InboundConnection(
+            self, self._limits, self._wheel, self._clock.now, self._connections, self.buffered, loop
+        )
+
+    # -- wire.inbound.Service
+
+    def accept_head(self, request: InboundRequest) -> None:
+        """Judge a request by its head: path, method, key, headers. Raises BalancerError."""
+        path, _, _ = request.target.partition(b"?")
+        endpoint = ENDPOINTS.get(path)
+        allow = "POST"
+        if endpoint is None:
+            allow = "GET, HEAD"
+            if path == b"/v1/models" or (path.startswith(_MODELS_PREFIX) and len(path) > len(_MODELS_PREFIX)):
+                endpoint = _MODELS
+            elif path == b"/healthz":
+                endpoint = _HEALTH
+            else:
+                raise NotFound("there is no such path here")
+        id_ = request_id(request.headers)
+        if request.method == b"OPTIONS" and self._origins and request.headers.get(b"origin") in self._origins:
+            request.context = _Preflight(id_, allow)
+            return
+        if request.method.decode() not in allow:
+            raise MethodNotAllowed(f"{request.method.decode()} is not for this path", allow=allow)
+        if endpoint is _HEALTH:
+            request.context = _Local(id_, endpoint)
+            return
+        if self.closing:
+            raise Draining("this balancer is shutting down", retry_after_s=1.0)
+        request.context = self._intake.head(endpoint, request, id_)
+
+    async def serve(self, request: InboundRequest) -> None:
+        """Answer a whole request; never raises."""
+        head = request.context
+        if self.draining:
+            request.keep_alive = False
+        try:
+            if isinstance(head, Head) and head.endpoint is not _MODELS:
+                await self._serve_inference(request, head)
+            else:
+                request.send(*self._local(request))
+        except asyncio.CancelledError:
+            if not (request.left or self.closing):
+                raise
+        except BalancerError as error:
+            request.send(self.refuse(request, error), b"")
+        except Exception:
+            log.exception("request.crashed", request_id=head.id)
+            self._crashed(request)
+        finally:
+            request.connection.finished(request)
+
+    async def _serve_inference(self, request: InboundRequest, head: Head) -> None:
+        call = Call(head.id, head.endpoint.name, request.received_s)
+        call.tenant = head.tenant.id
+        try:
+            if self.closing:
+                raise Draining("this balancer is shutting down", retry_after_s=1.0)
+            inference = self._intake.understand(request)
+            call.model, call.stream = inference.model, inference.stream
+            await self._proxy.handle(inference, request, call)
+        except BalancerError as error:
+            call.failed(error)
+            raise
+        except asyncio.CancelledError:
+            if request.left:
+                call.status = call.status or CLIENT_LEFT
+                call.code = "client_left"
+            raise
+        except Exception:
+            call.failed(BalancerError("internal"))
+            raise
+        finally:
+            self._journal.close(call)
+
+    def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
+        """The whole answer to a request that ends with an error before anything of an answer is out."""
+        context = request.context
+        dialect = Dialect.PLAIN
+        if isinstance(context, Head):
+            dialect = context.endpoint.dialect
+            id_ = context.id
+        else:
+            given = request.headers.get(b"x-request-id", b"")
+            id_ = given.decode("ascii") if SAFE_VALUE.fullmatch(given) else ""
+            call = Call(id_, "other", request.received_s)
+            call.failed(error)
+            self._journal.close(call)
+        body = error_body(error, dialect)
+        lines = retry_after(error)
+        if isinstance(error, MethodNotAllowed):
+            lines += b"allow: %b\r\n" % error.allow.encode()
+        if error.status == 401:
+            lines += b"www-authenticate: Bearer\r\n"
+        return self._head(request, error.status, lines, body, id_) + (b"" if request.method == b"HEAD" else body)
+
+    # -- inside
+
+    def _local(self, request: InboundRequest) -> tuple[bytes, bytes]:
+        """What is answered here: health, the merged model list, preflights."""
+        context = request.context
+        if isinstance(context, _Preflight):
+            return self._preflight(request, context), b""
+        status, body = 200, b'{"status":"ok"}'
+        if context.endpoint is _HEALTH:
+            if self.draining or self.closing:
+                status, body = 503, b'{"status":"draining"}'
+        else:
+            body = orjson.dumps(self._models(request.target.partition(b"?")[0], context))
+        head = self._head(request, status, b"", body, context.id)
+        return head, b"" if request.method == b"HEAD" else body
+
+    def _models(self, path: bytes, head: Head) -> dict[str, Any]:
+        permitted = head.tenant.models
+        served = self._registry.models()
+        for alias in self._intake.rules.values():
+            for name in alias.aliases:
+                if alias.name in served:
+                    served[name] = served[alias.name]
+        created = int(self._clock.wall())
+        cards = [
+            {"id": name, "object": "model", "created": created, "owned_by": "gpu-balancer"}
+            for name in sorted(served)
+            if permitted is None or name in permitted
+        ]
+        if path == b"/v1/models":
+            return {"object": "list", "data": cards}
+        wanted = path[len(_MODELS_PREFIX) :].decode("utf-8", "replace")
+        for card in cards:
+            if card["id"] == wanted:
+                return card
+        raise NotFound(f"no node serves the model {wanted}", code="unknown_model", param="model")
+
+    def _head(self, request: InboundRequest, status: int, lines: bytes, body: bytes, id_: str) -> bytes:
+        echoed = b"x-request-id: %b\r\n" % id_.encode() if id_ else b""
+        keep = b"" if request.keep_alive else b"connection: close\r\n"
+        return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\n%b%b%b%b\r\n" % (
+            status_line(status),
+            self._date.line(self._clock.wall()),
+            len(body),
+            echoed,
+            lines,
+            self._cors(request),
+            keep,
+        )
+
+    def _cors(self, request: InboundRequest) -> bytes:
+        origin = request.headers.get(b"origin") if self._origins else None
+        if origin is None or origin not in self._origins:
+            return b""
+        return b"access-control-allow-origin: %b\r\nvary: origin\r\n" % origin
+
+    def _preflight(self, request: InboundRequest, context: _Preflight) -> bytes:
+        return (
+            b"%baccess-control-allow-methods: %b\r\naccess-control-allow-headers: %b\r\n%bcontent-length: 0\r\n\r\n"
+            % (
+                status_line(204),
+                context.allow.encode(),
+                request.headers.get(b"access-control-request-headers", b"authorization, content-type"),
+                self._cors(request),
+            )
+        )
+
+    def _crashed(self, request: InboundRequest) -> None:
+        if request.responded:
+            request.cut()
+        else:
+            request.send(self.refuse(request, BalancerError("an internal error; the log has the request's id")), b"")
+
+
+class _Local:
+    """A request that is answered here and needs no key."""
+
+    __slots__ = ("endpoint", "id")
+
+    def __init__(self, id_: str, endpoint: Endpoint) -> None:
+        self.id = id_
+        self.endpoint = endpoint
+
+
+class _Preflight:
+    """A CORS preflight from an allowed origin."""
+
+    __slots__ = ("allow", "id")
+
+    def __init__(self, id_: str, allow: str) -> None:
+        self.id = id_
+        self.allow = allow
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port`, taken apart. Raises OSError for anything else."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise OSError(f"listen: {address}: must be HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)

@@ -1,0 +1,432 @@
+"""One node's answer to one attempt: held until it may be committed, then handed on as it comes.
+
+Before the commit point a failure is an ordinary retry and the client has seen nothing; that is why a JSON answer
+is held whole and checked, and why a stream's head waits for its first content event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol
+
+import orjson
+
+from balancer.core.outcome import Outcome, of_status
+from balancer.wire.framing import connection_tokens, media_type
+from balancer.wire.sse import MESSAGE_CHARS, StreamScanner, Usage, usage_of
+from balancer.wire.timers import TimerWheel, Watched
+
+# Beyond this a JSON answer is not parsed; framing and its closing bracket have to do.
+PARSE_BYTES = 256 * 1024
+# A node's error body is passed on, up to this much of it.
+ERROR_BYTES = 64 * 1024
+
+# After its good end a stream's framing has this long to end as well.
+END_S = 1.0
+
+# Response headers that go to clients by name; `openai-*` and `x-*` go by prefix (contract, "Bodies and headers").
+_RETURNED = frozenset({b"content-type", b"cache-control", b"content-disposition"})
+_OURS = (b"x-balancer-", b"x-ratelimit-", b"x-request-id")
+
+
+class Sink(Protocol):
+    """Where an answer goes once it is committed."""
+
+    def write(self, data: bytes) -> None:
+        """More of the body."""
+
+
+class Connection(Protocol):
+    """The node connection underneath, as far as an answer needs it."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def drop(self) -> None: ...
+
+
+class AnswerLimits:
+    """What bounds one answer, in seconds and bytes."""
+
+    __slots__ = ("check_bytes", "commit_s", "first_byte_s", "idle_s", "return_headers", "unary_s")
+
+    def __init__(
+        self,
+        *,
+        first_byte_s: float,
+        idle_s: float,
+        unary_s: float | None,
+        commit_s: float,
+        check_bytes: int,
+        return_headers: frozenset[bytes] = frozenset(),
+    ) -> None:
+        self.first_byte_s = first_byte_s
+        self.idle_s = idle_s
+        self.unary_s = unary_s
+        self.commit_s = commit_s
+        self.check_bytes = check_bytes
+        self.return_headers = return_headers
+
+
+class Answer:
+    """Collects, checks and then relays what a node says. Driven by its connection, awaited by one task.
+
+    `settled()` returns at the commit point or at the failure before it; `finished()` when the last byte is through.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_connection",
+        "_deadline_s",
+        "_held",
+        "_held_bytes",
+        "_json_only",
+        "_kind",
+        "_limits",
+        "_object_only",
+        "_paused",
+        "_scanner",
+        "_sink",
+        "_streaming",
+        "_waiter",
+        "_wheel",
+        "bucket",
+        "committed",
+        "due_s",
+        "ended",
+        "first_byte_s",
+        "first_token_s",
+        "headers",
+        "last_byte_s",
+        "length",
+        "message",
+        "outcome",
+        "parsed",
+        "retry_after",
+        "sent_s",
+        "status",
+    )
+
+    _SSE, _JSON, _RAW, _ERROR, _NONE = "sse", "json", "raw", "error", "none"
+
+    def __init__(
+        self,
+        clock: Any,
+        wheel: TimerWheel,
+        limits: AnswerLimits,
+        scanner: StreamScanner | None,
+        *,
+        streaming: bool,
+        object_only: bool,
+        json_only: bool,
+        deadline_s: float,
+    ) -> None:
+        self._clock = clock
+        self._wheel = wheel
+        self._limits = limits
+        self._scanner = scanner
+        self._streaming = streaming
+        self._object_only = object_only
+        self._json_only = json_only
+        self._deadline_s = deadline_s
+        self._connection: Connection | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._kind = Answer._NONE
+        self._paused = False
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.length: int | None = None
+        self.retry_after: bytes | None = None
+        self.outcome: Outcome | None = None  # set when the answer is over, well or badly
+        self.message: str | None = None
+        self.parsed: Any = None
+        self.committed = False
+        self.ended = False
+        self.sent_s = 0.0
+        self.first_byte_s = 0.0
+        self.first_token_s = 0.0
+        self.last_byte_s = 0.0
+        self.due_s = deadline_s
+        self.bucket: set[Watched] | None = None
+
+    # -- what the waiting task asks for
+
+    @property
+    def good(self) -> bool:
+        """Whether it may be handed to the client, as far as is known."""
+        return self.outcome is None or self.outcome is Outcome.OK
+
+    @property
+    def is_stream(self) -> bool:
+        """Server-sent events."""
+        return self._kind is Answer._SSE
+
+    @property
+    def events(self) -> int:
+        """Content events so far, near enough generated tokens."""
+        return self._scanner.events if self._scanner is not None and self.is_stream else 0
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens as the node counted them, once it said so."""
+        if self.is_stream and self._scanner is not None:
+            return self._scanner.usage
+        return usage_of(self.parsed)
+
+    @property
+    def withheld(self) -> list[bytes]:
+        """Events that the client did not ask for."""
+        return (self._scanner.withheld or []) if self._scanner is not None else []
+
+    async def settled(self) -> None:
+        """Wait for the commit point or a failure before it."""
+        if not (self.committed or self.ended):
+            await self._wait()
+
+    async def finished(self) -> None:
+        """Wait until the answer is over."""
+        if not self.ended:
+            await self._wait()
+
+    def take_held(self) -> bytes:
+        """What was held back until the commit point; the caller hands it on first."""
+        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        self._held = []
+        self._held_bytes = 0
+        return held
+
+    def peek(self) -> bytes:
+        """What is held back, without taking it."""
+        return b"".join(self._held)
+
+    def relay_to(self, sink: Sink) -> None:
+        """From now on hand every read to `sink` at once."""
+        self._sink = sink
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: the node is told by closing its connection."""
+        if not self.ended:
+            self._over(Outcome.CLIENT_GONE)
+            if self._connection is not None:
+                self._connection.drop()
+                self._connection = None
+
+    def pause(self) -> None:
+        """The client reads too slowly: stop reading from the node."""
+        self._paused = True
+        if self._connection is not None:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        self._paused = False
+        self.due_s = self._next_due(self._clock.now())
+        if self._connection is not None:
+            self._connection.resume()
+
+    # -- what the connection says
+
+    def begin(self, connection: Connection, now: float) -> None:
+        """The request has been written to `connection`."""
+        self._connection = connection
+        self.sent_s = now
+        limits = self._limits
+        wait_s = limits.first_byte_s if self._streaming else limits.unary_s
+        self.due_s = self._deadline_s if wait_s is None else min(now + wait_s, self._deadline_s)
+        self._wheel.watch(self)
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+        """The final head (1xx are dropped below). Decides how the body is treated."""
+        self.first_byte_s = self.last_byte_s = self._clock.now()
+        self.status = status
+        self.length = length
+        kind = b""
+        encoded = False
+        dropped: frozenset[bytes] = frozenset()
+        for name, value in headers:
+            if name == b"content-type":
+                kind = media_type(value)
+            elif name == b"content-encoding":
+                encoded = value.strip().lower() not in (b"identity", b"")
+            elif name == b"retry-after":
+                self.retry_after = value
+            elif name == b"connection":
+                dropped = connection_tokens(value)
+        if encoded:
+            self._fail(Outcome.BAD_ENCODING)
+            return
+        self.headers = [pair for pair in headers if pair[0] not in dropped and self._is_returned(pair[0])]
+        verdict = of_status(status)
+        if verdict is not Outcome.OK:
+            self._kind = Answer._ERROR
+        elif kind == b"text/event-stream" and self._scanner is not None:
+            self._kind = Answer._SSE
+            self._due_sooner(self.first_byte_s + self._limits.commit_s)
+        elif self._json_only or kind == b"application/json" or kind.endswith(b"+json"):
+            self._kind = Answer._JSON  # whatever it calls itself: it has to parse
+        else:
+            self._kind = Answer._RAW
+
+    def on_data(self, data: bytes) -> None:
+        """One read's worth of body."""
+        now = self.last_byte_s = self._clock.now()
+        if self._sink is not None:  # committed: the hot path of every stream
+            if self._kind is Answer._SSE:
+                self._relay_events(data, now)
+            else:
+                self._sink.write(data)
+            self.due_s = now + self._limits.idle_s
+            if self.due_s > self._deadline_s:
+                self.due_s = self._deadline_s
+            return
+        if self._kind is Answer._SSE:
+            self._hold_events(data, now)
+            return
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._kind is Answer._RAW or (self._kind is Answer._JSON and self._held_bytes > self._limits.check_bytes):
+            self._commit(now)
+        elif self._kind is Answer._ERROR and self._held_bytes > ERROR_BYTES:
+            self._fail(of_status(self.status))
+
+    def on_end(self) -> None:
+        """The body is complete, as far as its framing says."""
+        self._connection = None  # it belongs to its pool again
+        if self._kind is Answer._ERROR:
+            self._over(of_status(self.status))
+        elif self._kind is Answer._SSE:
+            assert self._scanner is not None
+            self._over(self._scanner.closed())
+            self.message = self.message or self._scanner.message
+        elif self._kind is Answer._JSON and not self.committed:
+            self._over(self._check_json())
+        else:
+            self._over(Outcome.OK)
+
+    def on_broken(self, outcome: Outcome) -> None:
+        """The connection failed under it."""
+        self._connection = None
+        if not self.ended:
+            self._over(Outcome.OK if self._at_good_end else outcome)
+
+    def on_due(self, now: float) -> None:
+        """A time limit passed: which one depends on how far the answer has come."""
+        if now >= self._deadline_s:
+            self._fail(Outcome.DEADLINE)
+        elif self._paused:
+            self.due_s = min(now + self._limits.idle_s, self._deadline_s)
+            self._wheel.watch(self)
+        elif self._kind is Answer._SSE and not self.committed:
+            self._commit(now)
+            self._wheel.watch(self)
+        elif self.first_byte_s == 0.0:
+            self._fail(Outcome.FIRST_BYTE_TIMEOUT if self._streaming else Outcome.UNARY_TIMEOUT)
+        elif self._streaming or self.committed:
+            self._fail(Outcome.IDLE_TIMEOUT)
+        else:
+            self._fail(Outcome.UNARY_TIMEOUT)
+
+    # -- inside
+
+    def _is_returned(self, name: bytes) -> bool:
+        if name in _RETURNED or name in self._limits.return_headers:
+            return True
+        if name.startswith(b"x-"):
+            return not name.startswith(_OURS)
+        return name.startswith(b"openai-")
+
+    def _hold_events(self, data: bytes, now: float) -> None:
+        scanner = self._scanner
+        assert scanner is not None
+        events = scanner.feed(data)
+        if events:
+            self._held.append(events)
+            self._held_bytes += len(events)
+        if scanner.outcome is not None:
+            self.message = scanner.message
+            self._fail(scanner.outcome)
+        elif scanner.content:
+            self.first_token_s = now
+            self._commit(now)
+        elif self._held_bytes > self._limits.check_bytes:
+            self._commit(now)
+
+    def _relay_events(self, data: bytes, now: float) -> None:
+        scanner = self._scanner
+        assert scanner is not None
+        assert self._sink is not None
+        events = scanner.feed(data)
+        if self.first_token_s == 0.0 and scanner.content:
+            self.first_token_s = now
+        if events:
+            self._sink.write(events)
+        if scanner.outcome is not None:
+            self.message = scanner.message
+            self._fail(scanner.outcome)
+        elif scanner.good_end:
+            self._due_sooner(now + END_S)
+
+    def _check_json(self) -> Outcome:
+        """A good unary answer is a JSON object (or, where the endpoint allows, an array) without an error in it."""
+        body = self.take_held()
+        self._held = [body]
+        if not body:
+            return Outcome.EMPTY_BODY
+        if len(body) > PARSE_BYTES:
+            return Outcome.OK if body.rstrip()[-1:] in (b"}", b"]") else Outcome.BAD_BODY
+        try:
+            self.parsed = parsed = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            return Outcome.BAD_BODY
+        if isinstance(parsed, dict):
+            error = parsed.get("error")
+            if error is None or "object" in parsed:
+                return Outcome.OK
+            message = error.get("message") if isinstance(error, dict) else error
+            self.message = message[:MESSAGE_CHARS] if isinstance(message, str) else None
+            return Outcome.ERROR_OBJECT
+        return Outcome.OK if isinstance(parsed, list) and not self._object_only else Outcome.BAD_BODY
+
+    def _commit(self, now: float) -> None:
+        self.committed = True
+        self.due_s = self._next_due(now)
+        self._wake()
+
+    @property
+    def _at_good_end(self) -> bool:
+        return self._kind is Answer._SSE and self._scanner is not None and self._scanner.good_end
+
+    def _due_sooner(self, due_s: float) -> None:
+        self.due_s = min(due_s, self._deadline_s)
+        self._wheel.sooner(self)
+
+    def _next_due(self, now: float) -> float:
+        return min(now + self._limits.idle_s, self._deadline_s)
+
+    def _fail(self, outcome: Outcome) -> None:
+        """Our own verdict: the node's connection cannot be used again."""
+        if self.ended:
+            return
+        self._over(Outcome.OK if self._at_good_end else outcome)
+        if self._connection is not None:
+            self._connection.drop()
+            self._connection = None
+
+    def _over(self, outcome: Outcome) -> None:
+        self.ended = True
+        self.outcome = outcome
+        self._wheel.forget(self)
+        self._wake()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

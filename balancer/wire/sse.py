@@ -1,0 +1,329 @@
+"""Server-sent events as they pass: whole events only, content begun, good end reached, usage seen.
+
+A scanner is fed every read of one stream. As long as nothing remarkable is in a read it is handed back as it is;
+only reads with a landmark in them (an end, a usage, an error) are taken apart. See contract, "Dialects".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from balancer.core.outcome import Outcome
+from balancer.core.request import Dialect
+
+# An event that does not end is handed on in parts beyond this size, so that it cannot hold memory.
+EVENT_BYTES = 256 * 1024
+# What a node's own error message may carry on to the client.
+MESSAGE_CHARS = 500
+
+_ENDS = (b"\n\n", b"\n\r\n")
+_END = re.compile(rb"\r?\n\r?\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the node counted them."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+
+
+def usage_of(body: Any) -> Usage | None:
+    """The usage object of an answer in any dialect's names; None where there is none."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
+    details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
+    if type(prompt) is not int or type(completion) is not int:
+        return None
+    return Usage(prompt, completion, cached if type(cached) is int else 0)
+
+
+class StreamScanner:
+    """Follows one stream. Subclasses know a dialect's landmarks and what its events mean."""
+
+    __slots__ = ("_cut", "_tail", "content", "events", "good_end", "message", "outcome", "usage", "withheld")
+
+    def __init__(self) -> None:
+        self.content = False  # the first content event has passed
+        self.good_end = False
+        self.usage: Usage | None = None
+        self.events = 0  # content events, near enough tokens for pacing
+        self.outcome: Outcome | None = None  # what was wrong, when something was
+        self.message: str | None = None  # the node's own words about it
+        self.withheld: list[bytes] | None = None  # events kept from the client, which a stored answer still has
+        self._tail = b""
+        self._cut = False  # an oversized event is passing in parts
+
+    def feed(self, data: bytes) -> bytes:
+        """Take one read; return what may be handed on now, which may be nothing.
+
+        An incomplete event waits for its end, so that a stream never breaks inside one. After `outcome` is set,
+        nothing more is handed on.
+        """
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        if not data.endswith(_ENDS):
+            data = self._hold_tail(data)
+        if self.content and not self._cut and not self.remarkable(data):
+            self.events += data.count(b"\n\n") or data.count(b"\n\r\n")
+            return data
+        return self._take_apart(data)
+
+    def closed(self) -> Outcome:
+        """The stream is over: OK at its good end, else what was missing."""
+        if self.outcome is not None:
+            return self.outcome
+        return Outcome.OK if self.good_end else self.missing()
+
+    def remarkable(self, data: bytes) -> bool:
+        """Whether a read has to be taken apart. False positives cost time, false negatives are bugs."""
+        raise NotImplementedError  # pragma: no cover
+
+    def missing(self) -> Outcome:
+        """What to call a stream that ended without its good end."""
+        return Outcome.NO_GOOD_END
+
+    def on_event(self, name: bytes, body: Any) -> bool:
+        """Learn from one event; False when it is not for the client."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _hold_tail(self, data: bytes) -> bytes:
+        cut = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
+        if cut < 3:  # neither was found: rfind gave -1
+            cut = 0
+        if len(data) - cut > EVENT_BYTES:
+            self._cut = True
+            return data
+        self._tail = data[cut:]
+        return data[:cut]
+
+    def _take_apart(self, data: bytes) -> bytes:
+        if self._cut:  # the rest of an oversized event goes by unread
+            end = _END.search(data)
+            if end is None:
+                return data
+            self._cut = not data.endswith(_ENDS)
+            return data
+        out = []
+        start = 0
+        for end in _END.finditer(data):
+            event = data[start : end.end()]
+            start = end.end()
+            if self.good_end:
+                break  # nothing belongs behind the end
+            if self._keep(event):
+                out.append(event)
+            if self.outcome is not None:
+                break
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _keep(self, event: bytes) -> bool:
+        name, payload = _fields(event)
+        if payload is None:
+            return True  # a comment, or an event without data
+        if payload == b"[DONE]":
+            return self.on_done()
+        try:
+            body = orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            self.outcome = Outcome.BAD_BODY
+            return False
+        if isinstance(body, dict) and (error := body.get("error")) is not None and not self.error_is_content(body):
+            return self.fail(error)
+        keep = self.on_event(name, body)
+        if not keep and self.outcome is None:
+            self.withheld = [*(self.withheld or ()), event]
+        return keep
+
+    def error_is_content(self, body: dict[str, Any]) -> bool:
+        """Whether an event with an `error` member is an ordinary one in this dialect."""
+        return False
+
+    def on_done(self) -> bool:
+        """`[DONE]` came."""
+        return True
+
+    def fail(self, error: Any) -> bool:
+        """The node says that it failed."""
+        self.outcome = Outcome.STREAM_ERROR if self.content else Outcome.ERROR_OBJECT
+        message = error.get("message") if isinstance(error, dict) else error
+        if isinstance(message, str):
+            self.message = message[:MESSAGE_CHARS]
+        return False
+
+
+def _fields(event: bytes) -> tuple[bytes, bytes | None]:
+    """The event's name and its data; None as data when there is none."""
+    if event.startswith(b"data: ") and event.find(b"\n", 0, -2) < 0:
+        return b"", event[6:].rstrip()
+    name = b""
+    data: list[bytes] = []
+    for line in event.splitlines():
+        if line.startswith(b"data:"):
+            data.append(line[5:].removeprefix(b" "))
+        elif line.startswith(b"event:"):
+            name = line[6:].strip()
+    return name, b"\n".join(data).strip() if data else None
+
+
+_FINISH = re.compile(rb'finish_reason"\s*:\s*[^n\s]')
+
+
+class OpenAIScanner(StreamScanner):
+    """Chat and completions: `finish_reason` for each of n choices, then `[DONE]`."""
+
+    __slots__ = ("_choices", "_finished", "_withhold_usage")
+
+    def __init__(self, choices: int, *, withhold_usage: bool) -> None:
+        super().__init__()
+        self._choices = choices
+        self._finished: set[int] = set()
+        self._withhold_usage = withhold_usage
+
+    def remarkable(self, data: bytes) -> bool:
+        return b'"usage"' in data or b"[DONE]" in data or b'"error"' in data or _FINISH.search(data) is not None
+
+    def missing(self) -> Outcome:
+        return Outcome.NO_GOOD_END if self._all_finished else Outcome.NO_FINISH_REASON
+
+    @property
+    def _all_finished(self) -> bool:
+        return len(self._finished) >= self._choices
+
+    def on_done(self) -> bool:
+        if self._all_finished:
+            self.good_end = True
+            return True
+        self.outcome = Outcome.NO_FINISH_REASON
+        return False
+
+    def on_event(self, name: bytes, body: Any) -> bool:
+        if not isinstance(body, dict):
+            self.outcome = Outcome.BAD_BODY
+            return False
+        usage = usage_of(body)
+        if usage is not None:
+            self.usage = usage
+        choices = body.get("choices")
+        if not choices:
+            return not (self._withhold_usage and usage is not None)
+        for choice in choices:
+            if not isinstance(choice, dict):
+                continue
+            if choice.get("finish_reason") is not None:
+                self._finished.add(choice.get("index") or 0)
+            if _has_content(choice):
+                self.content = True
+                self.events += 1
+        return True
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta")
+    if isinstance(delta, dict):
+        return any(value for key, value in delta.items() if key != "role")
+    return bool(choice.get("text"))
+
+
+class AnthropicScanner(StreamScanner):
+    """Messages: `content_block_delta` begins, `message_stop` ends."""
+
+    __slots__ = ("_prompt",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompt = 0
+
+    def remarkable(self, data: bytes) -> bool:
+        return b"message_" in data or b"error" in data
+
+    def on_event(self, name: bytes, body: Any) -> bool:
+        kind = body.get("type") if isinstance(body, dict) else None
+        if kind == "content_block_delta":
+            self.content = True
+            self.events += 1
+        elif kind == "message_start":
+            started = usage_of(body.get("message"))
+            self._prompt = started.prompt if started else 0
+        elif kind == "message_delta":
+            output = (body.get("usage") or {}).get("output_tokens")
+            if type(output) is int:
+                self.usage = Usage(self._prompt, output)
+        elif kind == "message_stop":
+            self.good_end = True
+        return True
+
+
+_RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed"})
+
+
+class ResponsesScanner(StreamScanner):
+    """Responses: any `response.*.delta` begins; completed, incomplete or failed ends."""
+
+    __slots__ = ()
+
+    def remarkable(self, data: bytes) -> bool:
+        return b"response.completed" in data or b"response.incomplete" in data or b"rror" in data or b"failed" in data
+
+    def error_is_content(self, body: dict[str, Any]) -> bool:
+        return body.get("type") != "error"
+
+    def on_event(self, name: bytes, body: Any) -> bool:
+        kind = body.get("type") if isinstance(body, dict) else None
+        if not isinstance(kind, str):
+            return True
+        if kind == "error":
+            return self.fail(body)
+        if kind.endswith(".delta"):
+            self.content = True
+            self.events += 1
+        elif kind in _RESPONSE_ENDS:
+            self.good_end = True
+            self.usage = usage_of(body.get("response"))
+        return True
+
+
+class TgiScanner(StreamScanner):
+    """TGI's generate_stream: the first `token` begins, `generated_text` that is not null ends."""
+
+    __slots__ = ()
+
+    def remarkable(self, data: bytes) -> bool:
+        return b'"generated_text":"' in data or b'"generated_text": "' in data or b'"error"' in data
+
+    def on_event(self, name: bytes, body: Any) -> bool:
+        if not isinstance(body, dict):
+            self.outcome = Outcome.BAD_BODY
+            return False
+        if "token" in body:
+            self.content = True
+            self.events += 1
+        if body.get("generated_text") is not None:
+            self.good_end = True
+            details = body.get("details")
+            if isinstance(details, dict) and type(details.get("generated_tokens")) is int:
+                self.usage = Usage(int(details.get("input_length") or 0), details["generated_tokens"])
+        return True
+
+
+def scanner_for(dialect: Dialect, choices: int, *, withhold_usage: bool) -> StreamScanner | None:
+    """The scanner of a dialect; None where streams are plain bytes."""
+    if dialect is Dialect.OPENAI:
+        return OpenAIScanner(choices, withhold_usage=withhold_usage)
+    if dialect is Dialect.ANTHROPIC:
+        return AnthropicScanner()
+    if dialect is Dialect.RESPONSES:
+        return ResponsesScanner()
+    if dialect is Dialect.TGI:
+        return TgiScanner()
+    return None
