@@ -124,11 +124,12 @@ class Admission:
             raise RateLimited(f"{rates.max_in_flight} requests are in flight already", retry_after_s=1.0)
         usage.in_flight += 1
         usage.requests += 1
-        try:
-            await self._slot(request, call)
-        except BaseException:
-            usage.in_flight -= 1
-            raise
+        if self._registry.is_bounded or self._models:
+            try:
+                await self._slot(request, call)
+            except BaseException:
+                usage.in_flight -= 1
+                raise
         return admitted
 
     def used(self, request: InferenceRequest, admitted: Admitted, prompt: int, completion: int) -> None:
@@ -205,9 +206,11 @@ class Admission:
 
     async def _slot(self, request: InferenceRequest, call: Call) -> None:
         model = request.model
+        rule = self._models.get(model)
+        if not (self._registry.is_bounded or rule):
+            return
         if self._waiters or self._room(model) < 1:
             await self._wait(request, call)
-        rule = self._models.get(model)
         if rule is not None and rule.max_in_flight is not None:
             self._model_in_flight[model] = self._model_in_flight.get(model, 0) + 1
 
@@ -231,7 +234,7 @@ class Admission:
 
     async def _wait(self, request: InferenceRequest, call: Call) -> None:
         now = self._clock.now()
-        ticket = self._queue.enter(request.priority, request.model, request.deadline_s)
+        ticket = self._queue.enter(request.wishes.priority, request.model, request.deadline_s)
         if ticket is None:
             self._metrics.shed.of("queue_full").inc()
             raise QueueFull("too many requests are waiting", retry_after_s=self._queue.retry_after_s())

@@ -34,7 +34,7 @@ from balancer.explain import Call
 from balancer.metrics import Metrics
 from balancer.registry import Registry
 from balancer.wire.answer import Answer, AnswerLimits
-from balancer.wire.outbound import ConnectFailed, NodePool
+from balancer.wire.outbound import ConnectFailed, NodeConnection, NodePool
 from balancer.wire.sse import StreamScanner, scanner_for
 from balancer.wire.timers import TimerWheel
 
@@ -185,60 +185,73 @@ class Attempts:
         """One attempt, up to its commit point or its failure."""
         now = self._clock.now()
         node, permit = self._select(request, call, now)
+        endpoint = request.endpoint
         answer = Answer(
             self._clock,
             self._wheel,
             self._limits,
-            self._scanner(request),
+            self._scanner(request) if request.stream else None,
             streaming=request.stream,
-            object_only=request.endpoint.object_only,
-            json_only=not request.endpoint.binary,
+            object_only=endpoint.object_only,
+            json_only=not endpoint.binary,
             deadline_s=request.deadline_s,
         )
         attempt = Attempt(self, node, permit, answer, call, now)
         try:
-            await self._exchange(attempt, request, call)
-            if self._refused_usage(attempt, request):
-                self._no_usage.add(node.id)
-                request.tried.discard(node.id)
-                attempt.settle()
-                return await self._try(request, call)
+            pool, credentials = self._pool(node)
+            connection = pool.idle(now) or await self._connect(pool, attempt)
+            if connection is not None:
+                self._send(attempt, request, connection, pool, credentials)
+                if not (answer.committed or answer.ended):
+                    await answer.wait()
+                if self._may_ask_again(attempt, request, pool):
+                    request.tried.discard(node.id)
+                    attempt.settle()
+                    return await self._try(request, call)
         except BaseException:
             answer.cancel()
             attempt.settle()
             raise
-        if not answer.good or attempt.connect_outcome is not None:
+        if attempt.outcome is not Outcome.OK:
             attempt.settle()
         return attempt
 
     def _select(self, request: InferenceRequest, call: Call, now: float) -> tuple[Node, Permit]:
+        registry = self._registry
         while True:
-            candidates = self._registry.candidates(request.model, now)
-            selection = pick(candidates, request, self._choose, request.tried, now, self._rng)
-            if selection is None:
+            candidates = registry.candidates(request.model, now)
+            node = pick(candidates, request, self._choose, request.tried, now, self._rng)
+            if node is None:
                 raise _NobodyLeft(candidates)
-            request.tried.add(selection.node.id)
-            permit = self._registry.acquire(selection.node, panic=selection.panic, now=now)
+            request.tried.add(node.id)
+            permit = registry.acquire(node, panic=candidates.panic, now=now)
             if permit is not None:
                 call.attempts_begun += 1
-                call.panic = call.panic or selection.panic
-                return selection.node, permit
+                call.panic = call.panic or candidates.panic
+                return node, permit
 
-    async def _exchange(self, attempt: Attempt, request: InferenceRequest, call: Call) -> None:
-        node, answer = attempt.node, attempt.answer
-        pool, credentials = self._pool(node)
-        connection = pool.idle(attempt.started_s)
-        if connection is None:
-            try:
-                connection = await pool.connect()
-            except ConnectFailed as failed:
-                attempt.connect_outcome = failed.outcome
-                return
+    @staticmethod
+    async def _connect(pool: NodePool, attempt: Attempt) -> NodeConnection | None:
+        try:
+            return await pool.connect()
+        except ConnectFailed as failed:
+            attempt.connect_outcome = failed.outcome
+            return None
+
+    def _send(
+        self,
+        attempt: Attempt,
+        request: InferenceRequest,
+        connection: NodeConnection,
+        pool: NodePool,
+        credentials: bytes,
+    ) -> None:
         now = self._clock.now()
+        call = attempt.call
         if call.sent_s == 0.0:
             call.sent_s = now
         body = request.body
-        if request.usage_body is not None and node.id not in self._no_usage:
+        if request.usage_body is not None and attempt.node.id not in self._no_usage:
             body = request.usage_body
         head = b"POST %b%b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n" % (
             pool.prefix,
@@ -248,24 +261,28 @@ class Attempts:
             request.head_lines,
             len(body),
         )
-        connection.exchange(head, body, answer, now)
-        await answer.settled()
+        connection.exchange(head, body, attempt.answer, now)
 
     @staticmethod
     def _scanner(request: InferenceRequest) -> StreamScanner | None:
-        if not request.stream:
-            return None
         return scanner_for(request.endpoint.dialect, request.choices, withhold_usage=request.usage_body is not None)
 
-    def _refused_usage(self, attempt: Attempt, request: InferenceRequest) -> bool:
-        """The node refused the `stream_options` that we put in: it gets the client's own body instead."""
-        return (
-            request.usage_body is not None
-            and attempt.outcome is Outcome.REQUEST_ERROR
-            and attempt.answer.status in (400, 422)
+    def _may_ask_again(self, attempt: Attempt, request: InferenceRequest, pool: NodePool) -> bool:
+        """Whether the failure was between us and the node, so that the same node may be asked again at once."""
+        answer = attempt.answer
+        if answer.outcome is Outcome.STALE_CONNECTION:
+            pool.close()  # what else lies idle is as old; the next try connects anew
+            return request.replayable
+        if (
+            answer.outcome is Outcome.REQUEST_ERROR
+            and request.usage_body is not None
+            and answer.status in (400, 422)
             and attempt.node.id not in self._no_usage
-            and b"stream_options" in attempt.answer.peek()
-        )
+            and b"stream_options" in answer.peek()
+        ):
+            self._no_usage.add(attempt.node.id)  # from now on it gets the clients' own bodies
+            return True
+        return False
 
     def _pool(self, node: Node) -> tuple[NodePool, bytes]:
         kept = self._pools.get(node.id)
@@ -304,16 +321,15 @@ class Attempts:
     def settled(self, attempt: Attempt, permit: Permit) -> None:
         """Count one attempt's end, for its node and for the metrics."""
         now = self._clock.now()
-        outcome = attempt.outcome
-        node = attempt.node
+        outcome, node, answer = attempt.outcome, attempt.node, attempt.answer
         self._registry.settle(node, permit, outcome, now)
-        if outcome is Outcome.BACK_PRESSURE and attempt.connect_outcome is None:
-            rest_s = retry_after_s(attempt.answer.retry_after, self._clock.wall())
-            self._registry.blocked(node, rest_s, attempt.answer.status, now)
-        elif attempt.answer.first_token_s:
-            node.load.first_token(attempt.answer.first_token_s - attempt.answer.sent_s, now)
-            node.load.tokens(attempt.answer.events - 1, attempt.answer.last_byte_s - attempt.answer.first_token_s)
-        self._metrics.attempts.of(node.id, outcome.label).inc()
+        if answer.first_token_s:
+            node.load.first_token(answer.first_token_s - answer.sent_s, now)
+            node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)
+        elif outcome is Outcome.BACK_PRESSURE and attempt.connect_outcome is None:
+            rest_s = retry_after_s(answer.retry_after, self._clock.wall())
+            self._registry.blocked(node, rest_s, answer.status, now)
+        self._metrics.attempts.of(node.id, outcome.label).value += 1
         attempt.call.attempts.append((node.id, outcome.label, now - attempt.started_s))
 
     # -- how it ends when nothing worked

@@ -25,11 +25,11 @@ from balancer.store import Store
 _ENTRY_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Plan:
-    """What the cache will do for one request. Without a key neither read nor written; `reason` says why."""
+    """What the cache will do for one request. Without a name neither read nor written; `reason` says why."""
 
-    key: str | None
+    name: str | None  # of the entry in the store
     read: bool
     write: bool
     ttl_s: float
@@ -45,18 +45,6 @@ class Stored:
     body: bytes
     stored_wall_s: float
     node_seconds: float  # what a node took for it
-
-    def encode(self) -> bytes:
-        """One line of JSON about it, then the body as it is."""
-        about = {
-            "v": _ENTRY_VERSION,
-            "stream": self.stream,
-            "type": self.content_type.decode("latin-1"),
-            "at": self.stored_wall_s,
-            "took": self.node_seconds,
-            "size": len(self.body),
-        }
-        return orjson.dumps(about) + b"\n" + self.body
 
     @classmethod
     def decode(cls, data: bytes) -> Stored | None:
@@ -82,7 +70,20 @@ class Stored:
         )
 
 
-@dataclass(frozen=True, slots=True)
+def encode(stream: bool, content_type: bytes, body: bytes, wall_s: float, took_s: float) -> bytes:
+    """An entry as it is kept: one line of JSON about it, then the body as it is."""
+    about = {
+        "v": _ENTRY_VERSION,
+        "stream": stream,
+        "type": content_type.decode("latin-1"),
+        "at": wall_s,
+        "took": took_s,
+        "size": len(body),
+    }
+    return orjson.dumps(about) + b"\n" + body
+
+
+@dataclass(slots=True)
 class Hit:
     """A stored answer in the form that the request wants."""
 
@@ -93,7 +94,7 @@ class Hit:
     node_seconds: float
 
 
-_NO_PLAN = Plan(key=None, read=False, write=False, ttl_s=0.0, reason="disabled")
+_NO_PLAN = Plan(None, False, False, 0.0, "disabled")
 
 
 class ResponseCache:
@@ -135,7 +136,7 @@ class ResponseCache:
             request, everything=config.cacheable == "all", rule=rule.cacheable if rule else None
         )
         if reason is not None:
-            return Plan(key=None, read=False, write=False, ttl_s=0.0, reason=reason)
+            return Plan(None, False, False, 0.0, reason)
         key = cache_key.derive(
             tenant=None if config.shared_between_tenants else request.tenant.id,
             endpoint=request.endpoint.path,
@@ -146,14 +147,16 @@ class ResponseCache:
             body=request.body,
             parsed=request.parsed,
         )
-        ttl_s = request.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
-        return Plan(key=key, read=request.cache_mode is not CacheMode.REFRESH, write=True, ttl_s=ttl_s, reason="")
+        ttl_s = request.wishes.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
+        scope = None if config.shared_between_tenants else request.tenant.id
+        name = cache_key.answer_name(scope, request.model, key)
+        return Plan(name, request.wishes.cache_mode is not CacheMode.REFRESH, True, ttl_s, "")
 
     async def lookup(self, plan: Plan, request: InferenceRequest) -> Hit | None:
         """The stored answer in the form that the request wants. Raises RateLimited beyond `hits_per_second`."""
-        assert plan.key is not None
+        assert plan.name is not None
         begun_s = self._clock.now()
-        data = await self._store.get(self._name(plan.key, request))
+        data = await self._store.get(plan.name)
         hit = self._serve(data, request) if data is not None else None
         now = self._clock.now()
         self._lookup_seconds.observe(now - begun_s)
@@ -169,12 +172,10 @@ class ResponseCache:
         self, plan: Plan, request: InferenceRequest, *, stream: bool, kind: bytes, body: bytes, took_s: float
     ) -> None:
         """Keep a whole good answer; returns at once. Too large an answer is not kept."""
-        if plan.key is None or not plan.write or len(body) > self._config.max_entry_bytes:
+        if plan.name is None or not plan.write or len(body) > self._config.max_entry_bytes:
             return
-        entry = Stored(
-            stream=stream, content_type=kind, body=body, stored_wall_s=self._clock.wall(), node_seconds=took_s
-        )
-        self._store.put(self._name(plan.key, request), entry.encode(), plan.ttl_s)
+        entry = encode(stream, kind, body, self._clock.wall(), took_s)
+        self._store.put(plan.name, entry, plan.ttl_s)
         self._stored += 1
 
     @property
@@ -197,10 +198,6 @@ class ResponseCache:
     async def delete(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
         """Remove what matches all that is given; how many answers went."""
         return await self._store.delete(tenant=tenant, model=model, digest=key)
-
-    def _name(self, key: str, request: InferenceRequest) -> str:
-        tenant = None if self._config.shared_between_tenants else request.tenant.id
-        return cache_key.answer_name(tenant, request.model, key)
 
     def _serve(self, data: bytes, request: InferenceRequest) -> Hit | None:
         stored = Stored.decode(data)

@@ -73,7 +73,7 @@ def _serve(args: argparse.Namespace) -> None:
         _fail("nodes: none are configured; name one with --node URL or in the settings file", 2)
     lines = log.set_up(settings.log.level, settings.log.format)
     try:
-        serve(settings, read)
+        serve(settings, read, log.event_writer(settings.log.level, lines))
     except OSError as error:
         _fail(str(error), 1)
     finally:
@@ -136,7 +136,7 @@ def _new_key(args: argparse.Namespace) -> None:
     except ValidationError as error:
         _fail(f"--tenant: {error.errors()[0]['msg']}", 2)
     print(f"key:      {key}")
-    print(f"settings: - {{tenant: {args.tenant}, sha256: \"{digest}\"}}")
+    print(f'settings: - {{tenant: {args.tenant}, sha256: "{digest}"}}')
     print("The key is shown once; the settings (auth.keys) hold only its hash.", file=sys.stderr)
 
 

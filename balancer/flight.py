@@ -30,7 +30,7 @@ class Flight:
         self._request = request
         self._plan = plan
         self._subscribers: list[ClientStream] = []
-        self._collected: list[bytes] | None = [] if plan.write and plan.key else None
+        self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
         self.call = call
 
@@ -74,7 +74,8 @@ class Flight:
         for client in self._subscribers:
             client.begin(answer)
         answer.relay_to(self)
-        await answer.finished()
+        if not answer.ended:
+            await answer.wait()
         attempt.settle()
         outcome = attempt.outcome
         if outcome is Outcome.OK:

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 # A host with eight GPUs and as many engines reports some 10 KiB.
 MAX_BYTES = 1024 * 1024
-# Sources with reports of unknown nodes that are kept for people to see, and nodes of each.
+# Sources with reports of unknown nodes that are kept for people to see, nodes of each, and characters of a name.
 UNMATCHED_SOURCES = 256
 UNMATCHED_NODES = 64
+NAME_CHARS = 256
 
 log = get_logger()
 
@@ -46,21 +47,24 @@ def match(reports: Sequence[NodeReport], own: Collection[Node], others: Collecti
     `own` are the nodes that name this agent, `others` those that name none: found by id or URL only.
     """
     pairs: dict[Node, NodeReport] = {}
-    left = list(reports)
-    by_id = {node.id: node for node in (*others, *own)}
+    by_id: dict[str, Node] = {node.id: node for node in (*others, *own)}
     by_url = {_plain(node.config.url): node for node in (*others, *own)}
-    for found in (lambda report: by_id.get(report.id), lambda report: by_url.get(_plain(report.url))):
-        rest = []
-        for report in left:
-            node = found(report)
-            if node is None or node in pairs:
-                rest.append(report)
-            else:
-                pairs[node] = report
-        left = rest
+    left = _take_found(pairs, [(report, by_id.get(report.id)) for report in reports])
+    left = _take_found(pairs, [(report, by_url.get(_plain(report.url))) for report in left])
     if left and len(reports) == 1 and len(own) == 1:
         pairs[next(iter(own))] = left.pop()
     return Matched(tuple(pairs.items()), tuple(left))
+
+
+def _take_found(pairs: dict[Node, NodeReport], found: Iterable[tuple[NodeReport, Node | None]]) -> list[NodeReport]:
+    """Add to `pairs` where a node was found that has no report yet; return the reports that are left."""
+    left = []
+    for report, node in found:
+        if node is None or node in pairs:
+            left.append(report)
+        else:
+            pairs[node] = report
+    return left
 
 
 def _plain(url: str) -> str:
@@ -114,7 +118,7 @@ class HealthFeed:
     def accept_push(self, data: object) -> int:
         """Take a report that an agent sent by itself; how many nodes it spoke of. Raises BadRequest."""
         host = _parse(data)
-        return self._take(host, match(host.nodes, self._registry.nodes.values()), f"push from {host.host}")
+        return self._take(host, match(host.nodes, self._registry.nodes.values()), f"push from {host.host[:NAME_CHARS]}")
 
     # -- polling
 
@@ -183,7 +187,12 @@ class HealthFeed:
             return
         self._metrics.unmatched_reports.inc(len(unmatched))
         self._unmatched[source] = [
-            {"source": source, "host": host.host, "id": report.id, "url": report.url}
+            {
+                "source": source,
+                "host": host.host[:NAME_CHARS],
+                "id": report.id[:NAME_CHARS],
+                "url": report.url[:NAME_CHARS],
+            }
             for report in unmatched[:UNMATCHED_NODES]
         ]
         if len(self._unmatched) > UNMATCHED_SOURCES:

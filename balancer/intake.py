@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import uuid
+import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,7 +11,16 @@ import orjson
 
 from balancer.auth import Auth
 from balancer.core import cache_key, json_splice
-from balancer.core.request import CacheMode, Dialect, Endpoint, InferenceRequest, Priority, Tenant
+from balancer.core.request import (
+    NO_WISHES,
+    CacheMode,
+    Dialect,
+    Endpoint,
+    InferenceRequest,
+    Priority,
+    Tenant,
+    Wishes,
+)
 from balancer.errors import BadRequest, ClientError
 from balancer.registry import Registry
 from balancer.settings import ModelRule, Settings
@@ -23,6 +32,15 @@ _FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"traceparent
 _PREFIXES = (b"anthropic-", b"openai-")
 # Where `model` and `stream` of a multipart upload have to stand.
 MULTIPART_HEAD_BYTES = 64 * 1024
+_OURS = frozenset(
+    {
+        b"x-balancer-timeout-s",
+        b"x-balancer-priority",
+        b"x-balancer-session",
+        b"x-balancer-cache",
+        b"x-balancer-cache-ttl-s",
+    }
+)
 _T = TypeVar("_T")
 _ASK_USAGE = {"include_usage": True}
 _MODES = {mode.value.encode(): mode for mode in CacheMode if mode is not CacheMode.DEFAULT}
@@ -32,42 +50,46 @@ _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority
 class Head:
     """What a request's head says, once it has passed."""
 
-    __slots__ = ("cache_mode", "cache_ttl_s", "endpoint", "id", "priority", "session", "tenant", "timeout_s")
+    __slots__ = ("endpoint", "id", "tenant", "wishes")
 
     def __init__(self, endpoint: Endpoint, tenant: Tenant, headers: Mapping[bytes, bytes], id_: str) -> None:
         self.endpoint = endpoint
         self.tenant = tenant
         self.id = id_
-        self.timeout_s: float | None = None
-        self.priority = Priority.NORMAL
-        self.session: str | None = None
-        self.cache_mode = CacheMode.DEFAULT
-        self.cache_ttl_s: float | None = None
-        for name in headers:
-            if name.startswith(b"x-balancer-"):
-                self._read_ours(headers)
-                break
-
-    def _read_ours(self, headers: Mapping[bytes, bytes]) -> None:
-        self.timeout_s = _seconds(headers, b"x-balancer-timeout-s")
-        self.cache_ttl_s = _seconds(headers, b"x-balancer-cache-ttl-s")
-        self.priority = _one_of(headers, b"x-balancer-priority", _PRIORITIES, Priority.NORMAL)
-        self.cache_mode = _one_of(headers, b"x-balancer-cache", _MODES, CacheMode.DEFAULT)
-        session = headers.get(b"x-balancer-session")
-        if session is not None:
-            if not SAFE_VALUE.fullmatch(session):
-                raise _bad_header(b"x-balancer-session", "1 to 128 visible ASCII characters")
-            self.session = session.decode("ascii")
+        self.wishes = NO_WISHES if _OURS.isdisjoint(headers) else _wishes(headers)
 
 
-def request_id(headers: Mapping[bytes, bytes]) -> str:
-    """The client's X-Request-Id, or a new one. Raises BadRequest for one that cannot be echoed."""
-    given = headers.get(b"x-request-id")
-    if given is None:
-        return uuid.uuid4().hex
-    if not SAFE_VALUE.fullmatch(given):
-        raise _bad_header(b"x-request-id", "1 to 128 visible ASCII characters")
-    return given.decode("ascii")
+def _wishes(headers: Mapping[bytes, bytes]) -> Wishes:
+    session = headers.get(b"x-balancer-session")
+    if session is not None and not SAFE_VALUE.fullmatch(session):
+        raise _bad_header(b"x-balancer-session", "1 to 128 visible ASCII characters")
+    return Wishes(
+        timeout_s=_seconds(headers, b"x-balancer-timeout-s"),
+        priority=_one_of(headers, b"x-balancer-priority", _PRIORITIES, Priority.NORMAL),
+        session=session.decode("ascii") if session is not None else None,
+        cache_mode=_one_of(headers, b"x-balancer-cache", _MODES, CacheMode.DEFAULT),
+        cache_ttl_s=_seconds(headers, b"x-balancer-cache-ttl-s"),
+    )
+
+
+class RequestIds:
+    """Ids for requests that bring none: random per process, then counted. Unique, not secret."""
+
+    __slots__ = ("_count", "_prefix")
+
+    def __init__(self) -> None:
+        self._prefix = secrets.token_hex(10)
+        self._count = 0
+
+    def of(self, headers: Mapping[bytes, bytes]) -> str:
+        """The client's X-Request-Id, or a new one. Raises BadRequest for one that cannot be echoed."""
+        given = headers.get(b"x-request-id")
+        if given is None:
+            self._count += 1
+            return f"{self._prefix}{self._count:012x}"
+        if not SAFE_VALUE.fullmatch(given):
+            raise _bad_header(b"x-request-id", "1 to 128 visible ASCII characters")
+        return given.decode("ascii")
 
 
 class Intake:
@@ -103,10 +125,11 @@ class Intake:
         head: Head = inbound.context
         endpoint, body = head.endpoint, inbound.body
         parsed: dict[str, Any] | None = None
+        is_exact = True
         if endpoint.multipart:
             model, stream = self._read_multipart(inbound)
         else:
-            parsed = self._parse(body)
+            parsed, is_exact = self._parse(body)
             model, stream = parsed.get("model"), parsed.get("stream", False)
         if model is not None and not isinstance(model, str):
             raise BadRequest("model: must be a string", param="model")
@@ -138,11 +161,9 @@ class Intake:
             stream=stream,
             tenant=head.tenant,
             accepted_s=inbound.received_s,
-            deadline_s=inbound.received_s + min(self._total_s, head.timeout_s or self._total_s),
-            priority=head.priority,
-            session=head.session,
-            cache_mode=head.cache_mode,
-            cache_ttl_s=head.cache_ttl_s,
+            deadline_s=inbound.received_s + min(self._total_s, head.wishes.timeout_s or self._total_s),
+            wishes=head.wishes,
+            is_exact=is_exact,
             forward=forward,
             head_lines=header_lines(forward) + b"x-request-id: %b\r\naccept-encoding: identity\r\n" % head.id.encode(),
             choices=_choices(parsed),
@@ -154,7 +175,8 @@ class Intake:
             self._refuse_split_memory(request)
         return request
 
-    def _parse(self, body: bytes) -> dict[str, Any]:
+    def _parse(self, body: bytes) -> tuple[dict[str, Any], bool]:
+        """The body, and whether what was parsed is all of it."""
         cache_key.check_depth(body, self._json_depth)
         cache_key.check_numbers(body)
         try:
@@ -163,9 +185,10 @@ class Intake:
             raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(parsed, dict):
             raise BadRequest("the body must be a JSON object", code="invalid_json")
-        if not cache_key.is_exact(body, parsed) and json_splice.repeated_members(body):
+        is_exact = cache_key.is_exact(body, parsed)
+        if not is_exact and json_splice.repeated_members(body):
             raise BadRequest("the body has a name twice, which can be read two ways", code="invalid_json")
-        return parsed
+        return parsed, is_exact
 
     def _read_multipart(self, inbound: InboundRequest) -> tuple[str | None, bool]:
         kind = inbound.headers.get(b"content-type", b"")
@@ -184,14 +207,12 @@ class Intake:
         return ""
 
     def _forward(self, headers: Mapping[bytes, bytes]) -> tuple[tuple[bytes, bytes], ...]:
-        dropped = connection_tokens(headers[b"connection"]) if b"connection" in headers else ()
-        return tuple(
-            [
-                pair
-                for pair in headers.items()
-                if (pair[0] in self._forwarded or pair[0].startswith(_PREFIXES)) and pair[0] not in dropped
-            ]
-        )
+        forwarded = self._forwarded
+        passed = [pair for pair in headers.items() if pair[0] in forwarded or pair[0].startswith(_PREFIXES)]
+        if b"connection" in headers:
+            dropped = connection_tokens(headers[b"connection"])
+            passed = [pair for pair in passed if pair[0] not in dropped]
+        return tuple(passed)
 
     def _usage(
         self, endpoint: Endpoint, stream: bool, parsed: dict[str, Any] | None, body: bytes

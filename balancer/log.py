@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, BinaryIO, Literal
 
 import orjson
@@ -14,6 +16,7 @@ FLUSH_S = 0.1
 FLUSH_BYTES = 64 * 1024
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+EventWriter = Callable[[str, float, dict[str, Any]], None]
 LogFormat = Literal["auto", "console", "json"]
 
 
@@ -25,6 +28,8 @@ class BufferedLines:
         self._lines: list[bytes] = []
         self._bytes = 0
         self._handle: asyncio.TimerHandle | None = None
+        self._second = -1
+        self._second_text = ""
 
     def info(self, line: bytes) -> None:
         """Write soon."""
@@ -46,6 +51,20 @@ class BufferedLines:
         self.flush()
 
     error = critical = exception = warning
+
+    def event(self, event: str, wall_s: float, facts: dict[str, Any]) -> None:
+        """One info line without structlog's processors, which cost 10 µs: for the one line that every request has."""
+        facts["event"] = event
+        facts["level"] = "info"
+        facts["timestamp"] = self._timestamp(wall_s)
+        self.info(orjson.dumps(facts))
+
+    def _timestamp(self, wall_s: float) -> str:
+        second = int(wall_s)
+        if second != self._second:
+            self._second = second
+            self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._second_text}.{int((wall_s - second) * 1e6):06d}Z"
 
     def flush(self) -> None:
         """Write everything collected so far."""
@@ -93,6 +112,16 @@ def set_up(level: str, format_: LogFormat) -> BufferedLines | None:
         cache_logger_on_first_use=True,
     )
     return lines
+
+
+def event_writer(level: str, lines: BufferedLines | None) -> EventWriter | None:
+    """How `request.finished` is written: straight into JSON lines, through structlog on a console, None when off."""
+    if LEVELS[level] > LEVELS["info"]:
+        return None
+    if lines is not None:
+        return lines.event
+    logger = get_logger()
+    return lambda event, wall_s, facts: logger.info(event, **facts)
 
 
 def get_logger() -> structlog.typing.FilteringBoundLogger:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-
-import structlog
+from typing import Any
 
 from balancer.cache import ResponseCache
 from balancer.clock import Clock
@@ -12,7 +11,8 @@ from balancer.core.request import CacheMode, InferenceRequest
 from balancer.errors import BalancerError, CacheMiss, Draining
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
-from balancer.metrics import Metrics
+from balancer.log import EventWriter
+from balancer.metrics import CounterChild, Metrics
 from balancer.registry import Registry
 from balancer.relay import ClientStream
 from balancer.wire.framing import DateHeader
@@ -32,7 +32,18 @@ class Proxy:
         """Serve one request; every refusal is a BalancerError, every exit frees what it took."""
         client = ClientStream(inbound, request, call, self._clock, self._date)
         try:
-            await self._serve(request, client, call)
+            plan = self._cache.plan(request)
+            call.cache_reason = plan.reason
+            if plan.read:
+                hit = await self._cache.lookup(plan, request)
+                if hit is not None:
+                    call.cache = "hit"
+                    client.replay(hit)
+                    return
+                call.cache = "miss"
+            if request.wishes.cache_mode is CacheMode.ONLY:
+                raise CacheMiss("there is no stored answer to this request")
+            await self._flights.fly(request, plan, client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
@@ -40,73 +51,88 @@ class Proxy:
                 client.fail(Draining("this balancer was shut down before the answer was complete"))
             raise
 
-    async def _serve(self, request: InferenceRequest, client: ClientStream, call: Call) -> None:
-        plan = self._cache.plan(request)
-        call.cache_reason = plan.reason
-        if plan.key is not None and plan.read:
-            hit = await self._cache.lookup(plan, request)
-            if hit is not None:
-                call.cache = "hit"
-                client.replay(hit)
-                return
-            call.cache = "miss"
-        if request.cache_mode is CacheMode.ONLY:
-            raise CacheMiss("there is no stored answer to this request")
-        await self._flights.fly(request, plan, client)
+
+class _Series:
+    """The metric series of one model and endpoint, looked up once."""
+
+    __slots__ = ("completion", "inter_token", "prompt", "requests", "seconds", "ttft")
+
+    def __init__(self, metrics: Metrics, model: str, endpoint: str) -> None:
+        self.requests: dict[tuple[int, str], CounterChild] = {}
+        self.seconds = metrics.request_seconds.of(endpoint)
+        self.ttft = metrics.time_to_first_token.of(model)
+        self.inter_token = metrics.inter_token.of(model)
+        self.prompt = metrics.tokens.of(model, "prompt")
+        self.completion = metrics.tokens.of(model, "completion")
 
 
 class Journal:
     """Turns a finished call into its metrics, its log line and its place in the ring; once per request."""
 
-    def __init__(self, metrics: Metrics, ring: Ring, registry: Registry, clock: Clock) -> None:
+    def __init__(
+        self, metrics: Metrics, ring: Ring, registry: Registry, clock: Clock, write: EventWriter | None
+    ) -> None:
         self._metrics = metrics
         self._ring = ring
         self._registry = registry
         self._clock = clock
-        self._log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+        self._write = write
+        self._series: dict[tuple[str, str], _Series] = {}
+        self._overhead = metrics.overhead.of()
+        self._lookups = {result: metrics.cache_lookups.of(result) for result in CACHE_RESULTS}
 
     def close(self, call: Call) -> None:
         """The request is over, well or badly."""
         now = call.finished_s = self._clock.now()
-        metrics = self._metrics
-        seconds = now - call.received_s
-        model = self._known(call)
-        metrics.requests.of(model, call.endpoint, str(call.status), call.code).inc()
-        metrics.request_seconds.of(call.endpoint).observe(seconds)
-        metrics.cache_lookups.of(call.cache).inc()
-        if call.sent_s:
-            metrics.overhead.observe(call.sent_s - call.received_s - call.queue_s)
-        if call.first_token_s:
-            metrics.time_to_first_token.of(model).observe(call.first_token_s - call.received_s)
-            if call.completion_tokens is not None and call.completion_tokens > 1:
-                gap_s = (now - call.first_token_s) / (call.completion_tokens - 1)
-                metrics.inter_token.of(model).observe(gap_s)
-        if call.prompt_tokens is not None:
-            metrics.tokens.of(model, "prompt").inc(call.prompt_tokens)
-            metrics.tokens.of(model, "completion").inc(call.completion_tokens or 0)
+        self._count(call, now)
         self._ring.add(call)
-        self._log.info(
-            "request.finished",
-            request_id=call.id,
-            tenant=call.tenant,
-            endpoint=call.endpoint,
-            model=call.model,
-            stream=call.stream,
-            status=call.status,
-            code=call.code,
-            node=call.node,
-            attempts=call.attempts_begun,
-            outcomes=[outcome for _, outcome, _ in call.attempts],
-            cache=call.cache,
-            seconds=round(seconds, 6),
-            queue_s=round(call.queue_s, 6),
-            ttft_s=round(call.first_token_s - call.received_s, 6) if call.first_token_s else None,
-            prompt_tokens=call.prompt_tokens,
-            completion_tokens=call.completion_tokens,
-        )
+        if self._write is not None:
+            self._write("request.finished", self._clock.wall(), _facts(call, now))
 
-    def _known(self, call: Call) -> str:
-        """A model name that is bounded: one that some node answered for, or `other`."""
-        if call.node or (call.model and self._registry.serving_known(call.model)):
-            return call.model or "other"
-        return "other"
+    def _count(self, call: Call, now: float) -> None:
+        model = call.model if call.node or self._registry.serving_known(call.model) else "other"
+        series = self._series.get((model, call.endpoint))
+        if series is None:
+            series = self._series[model, call.endpoint] = _Series(self._metrics, model, call.endpoint)
+        ended = (call.status, call.code)
+        counter = series.requests.get(ended)
+        if counter is None:
+            counter = self._metrics.requests.of(model, call.endpoint, str(call.status), call.code)
+            series.requests[ended] = counter
+        counter.value += 1
+        series.seconds.observe(now - call.received_s)
+        self._lookups[call.cache].value += 1
+        if call.sent_s:
+            self._overhead.observe(call.sent_s - call.received_s - call.queue_s)
+        if call.first_token_s:
+            series.ttft.observe(call.first_token_s - call.received_s)
+            if call.completion_tokens is not None and call.completion_tokens > 1:
+                series.inter_token.observe((now - call.first_token_s) / (call.completion_tokens - 1))
+        if call.prompt_tokens is not None:
+            series.prompt.value += call.prompt_tokens
+            series.completion.value += call.completion_tokens or 0
+
+
+CACHE_RESULTS = ("hit", "semantic", "coalesced", "stale", "miss", "bypass")
+
+
+def _facts(call: Call, now: float) -> dict[str, Any]:
+    """The whole story of a request in one line; never a prompt, an answer or a key. Seconds to the microsecond."""
+    return {
+        "request_id": call.id,
+        "tenant": call.tenant,
+        "endpoint": call.endpoint,
+        "model": call.model,
+        "stream": call.stream,
+        "status": call.status,
+        "code": call.code,
+        "node": call.node,
+        "attempts": call.attempts_begun,
+        "outcomes": [outcome for _, outcome, _ in call.attempts],
+        "cache": call.cache,
+        "seconds": round(now - call.received_s, 6),
+        "queue_s": round(call.queue_s, 6) if call.queue_s else 0.0,
+        "ttft_s": round(call.first_token_s - call.received_s, 6) if call.first_token_s else None,
+        "prompt_tokens": call.prompt_tokens,
+        "completion_tokens": call.completion_tokens,
+    }

@@ -49,6 +49,7 @@ class Registry:
         self._last_states: dict[NodeId, str] = {}
         self._listeners: list[Callable[[], None]] = []
         self.started_s = now()
+        self.is_bounded = False  # some node has a `max_in_flight`
         self._register_gauges()
 
     def __repr__(self) -> str:
@@ -263,6 +264,7 @@ class Registry:
     def touch(self) -> None:
         """Evidence changed: who is eligible is worked out anew."""
         self._candidates.clear()
+        self.is_bounded = any(node.config.max_in_flight is not None for node in self._nodes.values())
         self._tell()
 
     def _tell(self) -> None:

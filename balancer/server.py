@@ -13,7 +13,7 @@ from balancer.clock import Clock
 from balancer.core.request import Dialect, Endpoint
 from balancer.errors import BalancerError, Draining, MethodNotAllowed, NotFound
 from balancer.explain import Call
-from balancer.intake import Head, Intake, request_id
+from balancer.intake import Head, Intake, RequestIds
 from balancer.log import get_logger
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
@@ -82,6 +82,7 @@ class DataPort:
         self._clock = clock
         self._date = date
         self._origins = origins
+        self._ids = RequestIds()
         self._server: asyncio.Server | None = None
         self._connections: set[InboundConnection] = set()
         self.buffered = Buffered(limits.buffered_bytes)
@@ -148,7 +149,7 @@ class DataPort:
                 endpoint = _HEALTH
             else:
                 raise NotFound("there is no such path here")
-        id_ = request_id(request.headers)
+        id_ = self._ids.of(request.headers)
         if request.method == b"OPTIONS" and self._origins and request.headers.get(b"origin") in self._origins:
             request.context = _Preflight(id_, allow)
             return
@@ -166,23 +167,9 @@ class DataPort:
         head = request.context
         if self.draining:
             request.keep_alive = False
-        try:
-            if isinstance(head, Head) and head.endpoint is not _MODELS:
-                await self._serve_inference(request, head)
-            else:
-                request.send(*self._local(request))
-        except asyncio.CancelledError:
-            if not (request.left or self.closing):
-                raise
-        except BalancerError as error:
-            request.send(self.refuse(request, error), b"")
-        except Exception:
-            log.exception("request.crashed", request_id=head.id)
-            self._crashed(request)
-        finally:
-            request.connection.finished(request)
-
-    async def _serve_inference(self, request: InboundRequest, head: Head) -> None:
+        if not isinstance(head, Head) or head.endpoint is _MODELS:
+            self._serve_local(request)
+            return
         call = Call(head.id, head.endpoint.name, request.received_s)
         call.tenant = head.tenant.id
         try:
@@ -193,17 +180,28 @@ class DataPort:
             await self._proxy.handle(inference, request, call)
         except BalancerError as error:
             call.failed(error)
-            raise
+            request.send(self.refuse(request, error), b"")
         except asyncio.CancelledError:
             if request.left:
                 call.status = call.status or CLIENT_LEFT
                 call.code = "client_left"
-            raise
+            elif not self.closing:
+                raise
         except Exception:
+            log.exception("request.crashed", request_id=head.id)
             call.failed(BalancerError("internal"))
-            raise
+            self._crashed(request)
         finally:
             self._journal.close(call)
+            request.connection.finished(request)
+
+    def _serve_local(self, request: InboundRequest) -> None:
+        try:
+            request.send(*self._local(request))
+        except BalancerError as error:
+            request.send(self.refuse(request, error), b"")
+        finally:
+            request.connection.finished(request)
 
     def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
         """The whole answer to a request that ends with an error before anything of an answer is out."""

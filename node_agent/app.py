@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import uuid
@@ -18,6 +17,7 @@ from node_agent.clock import SystemClock
 from node_agent.derive import Identity
 from node_agent.engine import EngineWatch
 from node_agent.engine_http import EngineHttp
+from node_agent.failure import plain
 from node_agent.gpu_watch import GpuWatch, NoGpus
 from node_agent.metrics import registry
 from node_agent.push import Pusher
@@ -97,17 +97,13 @@ class Agent:
             await web.TCPSite(runner, host, port).start()
         except OSError as error:
             await self._stack.aclose()
-            raise CannotListen(f"cannot listen on {self._settings.listen}: {_reason(error)}") from error
+            raise CannotListen(f"cannot listen on {self._settings.listen}: {plain(error)}") from error
         bound = runner.addresses[0][1]
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     def _begin(self, sampler: Sampler, pushers: list[Pusher]) -> None:
         self._tasks = [asyncio.create_task(sampler.run(), name="sampler")]
         self._tasks += [asyncio.create_task(pusher.run(), name=f"push {pusher.url}") for pusher in pushers]
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
 
 
 async def serve(settings: Settings) -> None:

@@ -115,7 +115,7 @@ def _with_load(node: NodeReport, sample: EngineSample, state: EngineState, now: 
         ttft_seconds=_quantiles(points, "ttft"),
         itl_seconds=_quantiles(points, "itl"),
         prefill_seconds_total=_rounded(counters.get("prefill_seconds")),
-        uncached_prompt_tokens_total=_whole(counters.get("uncached_tokens")),
+        uncached_prompt_tokens_total=_whole(state.uncached_tokens),
         generation_tokens_total=_whole(counters.get("generation_tokens")),
         preemptions_total=_whole(counters.get("preemptions")),
         age_s=_rounded(now - state.sampled_at) if state.sampled_at is not None else None,

@@ -11,7 +11,7 @@ from node_agent import processes
 from node_agent.clock import Clock
 from node_agent.engine_http import EngineHttp
 from node_agent.engine_spec import EngineSpec
-from node_agent.engine_state import EngineState, Visit, observe
+from node_agent.engine_state import EngineState, Visit, is_restart, observe
 from node_agent.engine_visit import EngineVisitor, ScrapePolicy
 from node_agent.processes import EngineProcesses
 
@@ -61,6 +61,9 @@ class EngineWatch:
         try:
             await self._look_for_processes(begun)
             visit = await self._visitor.visit(self.state)
+            unseen = self.state.boot is None and self.processes is None
+            if visit.health == "ok" and (unseen or not self.state.reachable):
+                await self._look_for_processes(begun, again=True)  # it may have begun to listen just now
         except Exception as error:  # the edge of a background loop: one odd answer must not end the watch
             log.exception("engine.visit_failed", node=self.spec.id)
             visit = Visit(health="refused", detail=f"visit failed: {error!r}")
@@ -76,19 +79,15 @@ class EngineWatch:
             before, visit, now, name=self.spec.id, process=identity, wedge_after_s=self._policy.wedge_after_s
         )
         came_back = self.state.reachable and not before.reachable
-        if came_back or _restarted(before, self.state):  # another start may serve other models
+        if came_back or is_restart(before.boot, self.state.boot):  # another start may serve other models
             self._visitor.forget_facts()
-            self._processes_due = float("-inf")
+            self._processes_due = float("-inf")  # and what was seen of its processes is of the old one
         _log_changes(self.spec.id, before, self.state)
 
-    async def _look_for_processes(self, now: float) -> None:
-        if now >= self._processes_due:
+    async def _look_for_processes(self, now: float, *, again: bool = False) -> None:
+        if again or now >= self._processes_due:
             self._processes_due = now + PROCESSES_EVERY_S
             self.processes = await asyncio.to_thread(self._find, self.spec.url)
-
-
-def _restarted(before: EngineState, after: EngineState) -> bool:
-    return before.boot is not None and after.boot is not None and before.boot.id != after.boot.id
 
 
 def _log_changes(node: str, before: EngineState, after: EngineState) -> None:
@@ -103,7 +102,7 @@ def _log_changes(node: str, before: EngineState, after: EngineState) -> None:
         log.warning("engine.failed", node=node, reason=after.detail)
     if before.health == "error" and after.health == "ok":
         log.info("engine.recovered", node=node)
-    if _restarted(before, after):
+    if is_restart(before.boot, after.boot):
         log.info("engine.restarted", node=node, engine_boot_id=after.boot.id if after.boot else None)
     if after.wedged and not before.wedged:
         log.warning("engine.wedged", node=node, running=after.sample.running if after.sample else None)

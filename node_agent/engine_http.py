@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import orjson
+
+from node_agent.failure import plain
 
 # A vLLM page with eight data-parallel ranks is about 1 MB; more than this is no metrics page.
 MAX_BYTES = 16 * 1024 * 1024
@@ -70,7 +71,7 @@ class EngineHttp:
         except TimeoutError as error:
             raise Silent(f"no answer from {url} within {self._timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Refused(f"{url}: {_reason(error)}") from error
+            raise Refused(f"{url}: {plain(error)}") from error
 
     async def ask(self, path: str, *, method: str = "GET") -> Any:
         """Return the JSON of a good answer, else None; raises Silent, so that a series of questions ends there."""
@@ -90,10 +91,3 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
             raise ValueError(f"more than {MAX_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
-
-
-def _reason(error: Exception) -> str:
-    cause = error if isinstance(error, OSError) else getattr(error, "os_error", None)
-    if cause is not None and cause.errno is not None and cause.errno > 0:
-        return os.strerror(cause.errno).lower()
-    return (str(error) or type(error).__name__).splitlines()[0]

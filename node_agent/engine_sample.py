@@ -81,9 +81,6 @@ def _counters(signals: Signals, families: Families) -> dict[str, float]:
     latency_sum = total(families, signals.latency_sum)
     read["latency_seconds"] = None if latency_sum is None else latency_sum * signals.latency_unit_s
     read["latency_count"] = total(families, signals.latency_count)
-    if read.get("uncached_tokens") is None:
-        prompt, cached = read.get("prompt_tokens"), read.get("cached_tokens")
-        read["uncached_tokens"] = None if prompt is None or cached is None else max(0.0, prompt - cached)
     return {name: value for name, value in read.items() if value is not None}
 
 

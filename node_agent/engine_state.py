@@ -62,6 +62,7 @@ class EngineState:
     sample: EngineSample | None = None
     sampled_at: float | None = None
     points: tuple[Point, ...] = ()
+    uncached_tokens: float | None = None
     boot: Boot | None = None
     standstill: Standstill | None = None
     wedged: bool | None = None
@@ -92,10 +93,10 @@ def observe(
         simulated_gpus=state.simulated_gpus if visit.simulated_gpus is None else visit.simulated_gpus,
     )
     if visit.sample is None:
-        return replace(state, boot=_boot(state, None, None, name, process))
+        return replace(state, boot=_boot(state, visit, None, name, process))
     point = Point(at=now, counters=visit.sample.counters, histograms=visit.sample.histograms)
-    boot = _boot(state, visit.sample, point, name, process)
-    restarted = state.boot is not None and boot.id != state.boot.id
+    boot = _boot(state, visit, point, name, process)
+    restarted = is_restart(state.boot, boot)
     standstill = _standstill(None if restarted else state.standstill, visit.sample, now)
     return replace(
         state,
@@ -103,9 +104,15 @@ def observe(
         sample=visit.sample,
         sampled_at=now,
         points=(point,) if restarted else extend(state.points, point),
+        uncached_tokens=_uncached(None if restarted else state.uncached_tokens, visit.sample),
         standstill=standstill,
         wedged=_wedged(standstill, now, wedge_after_s),
     )
+
+
+def is_restart(before: Boot | None, after: Boot | None) -> bool:
+    """True if the engine is known to have restarted between the two."""
+    return before is not None and after is not None and before.id != after.id
 
 
 def fresh_sample(state: EngineState, now: float) -> EngineSample | None:
@@ -139,24 +146,27 @@ def _kept_facts(before: EngineFacts, after: EngineFacts | None) -> EngineFacts:
     )
 
 
-def _boot(state: EngineState, sample: EngineSample | None, point: Point | None, name: str, process: str | None) -> Boot:
-    """Three witnesses of a restart: the start time it publishes, its process, and counters that went backwards."""
-    start_time = sample.start_time if sample is not None else None
+def _boot(state: EngineState, visit: Visit, point: Point | None, name: str, process: str | None) -> Boot | None:
+    """Three witnesses of a restart: the start time it publishes, its process, and counters that went backwards.
+
+    What a witness said before a restart that another one saw is forgotten, so that one restart is one change.
+    """
+    start_time = visit.sample.start_time if visit.sample is not None else None
     before = state.boot
     if before is None:
+        if visit.sample is None and visit.health != "ok":  # still loading: its figures will say more
+            return None
         return Boot(id=_boot_id(name, start_time, process, 0), start_time=start_time, process=process)
-    replaced = _differs(before.start_time, start_time) or _differs(before.process, process)
+    new_start, new_process = _differs(before.start_time, start_time), _differs(before.process, process)
     reset = point is not None and bool(state.points) and was_reset(state.points[-1], point)
-    start_time = before.start_time if start_time is None else start_time
-    process = before.process if process is None else process
-    if not replaced and not reset:
-        return replace(before, start_time=start_time, process=process)
-    resets = 0 if replaced else before.resets + 1
-    boot_id = _boot_id(name, start_time, process, resets)
-    if boot_id == before.id:  # the witness that changed is not the one the id is made of
+    if not (new_start or new_process or reset):
+        start_time = before.start_time if start_time is None else start_time
+        return replace(before, start_time=start_time, process=before.process if process is None else process)
+    process = process if new_process else None
+    resets = 0
+    if _boot_id(name, start_time, process, 0) == before.id or not (new_start or new_process):
         resets = before.resets + 1
-        boot_id = _boot_id(name, start_time, process, resets)
-    return Boot(id=boot_id, resets=resets, start_time=start_time, process=process)
+    return Boot(id=_boot_id(name, start_time, process, resets), resets=resets, start_time=start_time, process=process)
 
 
 def _differs(before: object, after: object) -> bool:
@@ -167,6 +177,14 @@ def _boot_id(name: str, start_time: float | None, process: str | None, resets: i
     """Equal for equal evidence, so that an agent that is restarted does not report a restart of the engine."""
     evidence = start_time if start_time is not None else process
     return hashlib.sha256(repr((name, evidence, resets)).encode()).hexdigest()[:16]
+
+
+def _uncached(before: float | None, sample: EngineSample) -> float | None:
+    """Prompt tokens computed; never less than before, although cached ones are counted a moment before the others."""
+    value = sample.counters.get("uncached_tokens")
+    if value is None and "prompt_tokens" in sample.counters and "cached_tokens" in sample.counters:
+        value = sample.counters["prompt_tokens"] - sample.counters["cached_tokens"]
+    return before if value is None else max(value, before or 0.0)
 
 
 def _standstill(before: Standstill | None, sample: EngineSample, now: float) -> Standstill | None:

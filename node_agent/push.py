@@ -13,6 +13,7 @@ import structlog
 from pydantic import ConfigDict, Field
 
 from node_agent.clock import Clock
+from node_agent.failure import plain
 from node_agent.sampler import Sampler
 
 log = structlog.get_logger()
@@ -82,4 +83,4 @@ class Pusher:
         except TimeoutError:
             return f"no answer within {self._policy.timeout_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            return str(error) or type(error).__name__
+            return plain(error)

@@ -70,15 +70,17 @@ class Sampler:
         return self._clock.now() - self._made_at
 
     async def run(self) -> None:
-        """Look again and again, once per interval; a look that took longer is followed by the next at once."""
+        """Look again and again, once per interval; looks that were missed are not made up for."""
         due = self._clock.now()
         while True:
             try:
                 await self.look()
             except Exception:  # the edge of a background loop
                 log.exception("sample.failed")
-            due = max(due + self._identity.interval_s, self._clock.now())
-            await self._clock.sleep(due - self._clock.now())
+            now, due = self._clock.now(), due + self._identity.interval_s
+            if now - due > self._identity.interval_s:
+                due = now + self._identity.interval_s
+            await self._clock.sleep(due - now)
 
     async def look(self) -> None:
         """Visit all engines and GPUs at once, and make a report of what came back in time."""
@@ -108,7 +110,7 @@ class Sampler:
             await engine.close()
 
     async def _make(self) -> None:
-        now = self._clock.now()
+        now, before = self._clock.now(), self._latest
         self._latest, self._histories = host_report(
             identity=self._identity,
             seq=self._latest.seq + 1 if self._latest else 1,
@@ -119,6 +121,7 @@ class Sampler:
             now=now,
         )
         self._made_at = now
+        _log_problems(before, self._latest)
         async with self._newer:
             self._newer.notify_all()
 
@@ -127,3 +130,15 @@ def _view(engine: EngineWatch) -> EngineView:
     return EngineView(
         spec=engine.spec, state=engine.state, pids=engine.processes.pids if engine.processes is not None else None
     )
+
+
+def _log_problems(before: HostReport | None, after: HostReport) -> None:
+    """One line for each node and GPU whose problems changed."""
+    had = {("node", node.id): node.problems for node in before.nodes} if before else {}
+    had |= {("gpu", gpu.uuid or str(gpu.index)): gpu.problems for gpu in before.gpus} if before else {}
+    has = {("node", node.id): node.problems for node in after.nodes}
+    has |= {("gpu", gpu.uuid or str(gpu.index)): gpu.problems for gpu in after.gpus}
+    for (what, name), problems in has.items():
+        if problems != had.get((what, name), ()):
+            level = log.warning if problems else log.info
+            level(f"{what}.problems_changed", **{what: name}, problems=list(problems))

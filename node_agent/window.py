@@ -13,6 +13,8 @@ from node_agent.exposition import Families, first
 WINDOW_S = 30.0
 # A base older than this describes another time: after a gap in the scrapes the window starts anew.
 OLDEST_BASE_S = 45.0
+# Sums of seconds over ranks differ by rounding when the series come in another order.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ def read_histogram(families: Families, names: tuple[str, ...], unit_s: float = 1
 
 def was_reset(before: Point, after: Point) -> bool:
     """True if a counter went backwards: the engine began to count anew."""
-    if any(after.counters[name] < value for name, value in before.counters.items() if name in after.counters):
+    shared = [(value, after.counters[name]) for name, value in before.counters.items() if name in after.counters]
+    if any(new < old - ROUNDING * abs(old) for old, new in shared):
         return True
     pairs = [(old, after.histograms[name]) for name, old in before.histograms.items() if name in after.histograms]
     return any(new.counts[-1] < old.counts[-1] for old, new in pairs)

@@ -59,14 +59,16 @@ def derive(
     headers: Iterable[tuple[bytes, bytes]],
     body: bytes,
     parsed: Mapping[str, Any] | None,
+    exact: bool | None = None,
 ) -> str:
     """The digest (SHA-256, hex) that equal requests have in common.
 
     `tenant` is None where all tenants share; `model` is the name after alias and stands in for the body's own;
     `headers` are the client's that a node would get, `Content-Type` among them. `body` and `parsed` belong together:
-    the client's bytes, before anything was spliced into them, and what orjson made of them.
+    the client's bytes and what orjson made of them; where the model came by an alias, `body` may already hold `model`
+    in its place, and nothing else may have been changed. `exact` spares finding it out again (`is_exact`).
     """
-    parts = [query, *identity(body, parsed, model)]
+    parts = [query, *identity(body, parsed, model, exact)]
     named = []
     for name, value in headers:
         name = name.lower()
@@ -92,36 +94,43 @@ def _lengths(parts: list[bytes]) -> bytes:
     return struct.pack(f">{len(parts) + 1}Q", len(parts), *map(len, parts))
 
 
-def identity(body: bytes, parsed: Mapping[str, Any] | None, model: str) -> tuple[bytes, bytes]:
+def identity(
+    body: bytes, parsed: Mapping[str, Any] | None, model: str, exact: bool | None = None
+) -> tuple[bytes, bytes]:
     """What of the body the key covers, and how it is written: canonical JSON where that is exact, else the bytes."""
     if parsed is None:
         return (_RAW, body) if body else (_NONE, b"")
-    if len(body) > CANONICAL_BYTES:
+    if exact is False or len(body) > CANONICAL_BYTES:
         return _RAW, body
-    try:
-        if not is_exact(body, parsed):
-            return _RAW, body
-        fields = dict(parsed)
-        for name in LEFT_OUT_FIELDS:
-            fields.pop(name, None)
-        if type(fields.get("model")) is str:
-            fields["model"] = model
-        return _CANONICAL, orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
-    except TypeError:  # nested deeper than orjson writes, though not deeper than it reads
+    fields = dict(parsed)
+    named = fields.get("model")
+    aliased = type(named) is str and named != model
+    if aliased:
+        fields["model"] = model
+    if exact is None and not is_exact(body, fields, aliased=aliased):
         return _RAW, body
+    for name in LEFT_OUT_FIELDS:
+        fields.pop(name, None)
+    return _CANONICAL, orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 
-def is_exact(body: bytes, parsed: Mapping[str, Any]) -> bool:
+def is_exact(body: bytes, parsed: Mapping[str, Any], *, aliased: bool = False) -> bool:
     """Whether `parsed` is all of `body`: no name twice in one object, no integer that became a float.
+
+    False also where it nests deeper than orjson writes (254), though not deeper than it reads.
 
     Exact, given that orjson took `body` and made `parsed` of it. Outside strings a colon stands only after a name,
     and written again every name and string that was kept has the colons it had before, unless one was escaped. So
-    the body has more colons than its parse written again if, and only if, something was dropped.
+    the body has more colons than its parse written again if, and only if, something was dropped. With `aliased` the
+    two may hold different names of the model, which may have colons: then only those outside strings are counted.
     """
-    again = orjson.dumps(parsed)
+    try:
+        again = orjson.dumps(parsed)
+    except TypeError:
+        return False
     if again == body:
         return True
-    if b"\\u003" in body:  # may be an escaped colon; no other escape makes one
+    if aliased or b"\\u003" in body:  # may be an escaped colon; no other escape makes one
         names, names_again = skeleton(body).count(b":"), skeleton(again).count(b":")
     else:
         names, names_again = body.count(b":"), again.count(b":")
@@ -170,13 +179,13 @@ def not_cacheable(request: InferenceRequest, *, everything: bool, rule: bool | N
         return "multipart"
     if parsed is None:
         return "no_body"
-    if request.cache_mode is CacheMode.BYPASS:
+    if request.wishes.cache_mode is CacheMode.BYPASS:
         return "bypass"
     if _is_stateful(parsed):
         return "stateful"
     if rule is False:
         return "model"
-    if rule or everything or request.cache_ttl_s or not endpoint.samples:
+    if rule or everything or request.wishes.cache_ttl_s or not endpoint.samples:
         return None
     return None if _is_deterministic(parsed, endpoint.dialect) else "sampling"
 

@@ -73,6 +73,20 @@ class Tenant:
     models: frozenset[str] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What a caller asks of us in `X-Balancer-*` headers; most ask nothing."""
+
+    timeout_s: float | None = None
+    priority: Priority = Priority.NORMAL
+    session: str | None = None
+    cache_mode: CacheMode = CacheMode.DEFAULT
+    cache_ttl_s: float | None = None
+
+
+NO_WISHES = Wishes()
+
+
 @dataclass(slots=True, kw_only=True)
 class InferenceRequest:
     """One understood request. Nothing but `tried` changes once it is built; not frozen because that costs 2 µs each."""
@@ -89,10 +103,8 @@ class InferenceRequest:
     tenant: Tenant
     accepted_s: float
     deadline_s: float
-    priority: Priority = Priority.NORMAL
-    session: str | None = None
-    cache_mode: CacheMode = CacheMode.DEFAULT
-    cache_ttl_s: float | None = None
+    wishes: Wishes = NO_WISHES
+    is_exact: bool = True  # `parsed` is all of `body` (core.cache_key)
     forward: tuple[tuple[bytes, bytes], ...] = ()  # client headers that may go to a node
     head_lines: bytes = b""  # the same as they stand in a head, and what we add for every node
     choices: int = 1

@@ -52,11 +52,11 @@ class RetryPlan:
         again = outcome.ruling.again
         if again is Again.NEVER:
             return GiveUp("final")
+        if not replayable:
+            return GiveUp("not_replayable")
         if again is Again.FREE:
             return Retry(0.0) if now < self.deadline_s else GiveUp("deadline")
         self.counted += 1
-        if not replayable:
-            return GiveUp("not_replayable")
         if self.counted >= self.policy.max_attempts:
             return GiveUp("max_attempts")
         after_s = self._backoff_s()

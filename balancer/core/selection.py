@@ -44,14 +44,6 @@ class Candidates:
     blocked_until_s: float | None  # set when back-pressure alone leaves nobody
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """One choice and whether it was made in panic."""
-
-    node: Node
-    panic: bool
-
-
 def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidates:
     """Filter the nodes that serve a model by what is known of them.
 
@@ -86,7 +78,7 @@ def pick(
     excluded: Collection[NodeId],
     now: float,
     rng: Random,
-) -> Selection | None:
+) -> Node | None:
     """One node among the candidates that has room and was not tried; None when there is none."""
     nodes: Sequence[Node] = candidates.nodes
     if len(nodes) > FULL_SCAN:
@@ -96,8 +88,7 @@ def pick(
         usable = [node for node in candidates.nodes if node.has_room() and node.id not in excluded]
     if not usable:
         return None
-    node = usable[0] if len(usable) == 1 else choose(usable, request, now, rng)
-    return Selection(node, candidates.panic)
+    return usable[0] if len(usable) == 1 else choose(usable, request, now, rng)
 
 
 Choose = Callable[[Sequence[Node], InferenceRequest, float, Random], Node]

@@ -138,13 +138,13 @@ class RedisStore:
         reply = await link.ask(self._evalsha(key, rate_per_s, burst, cost, force=False))
         if _code(reply) == "NOSCRIPT":
             reply = await link.ask(self._eval(key, rate_per_s, burst, cost, force=False))
-        try:
-            wait_s, remaining, reset_s = map(float, reply)
-        except (TypeError, ValueError):
-            self._failed("take", link, reply)
-            return None
-        self._failures = 0
-        return Taken(wait_s=wait_s, remaining=remaining, reset_s=reset_s)
+        if type(reply) is list and len(reply) == 3:
+            with contextlib.suppress(TypeError, ValueError):
+                wait_s, remaining, reset_s = map(float, reply)
+                self._failures = 0
+                return Taken(wait_s=wait_s, remaining=remaining, reset_s=reset_s)
+        self._failed("take", link, reply)
+        return None
 
     def charge(self, key: str, *, rate_per_s: float, burst: float, cost: float) -> None:
         """Take tokens whether they are there or not; dropped and counted when too many writes wait."""

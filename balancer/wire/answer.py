@@ -24,9 +24,28 @@ ERROR_BYTES = 64 * 1024
 # After its good end a stream's framing has this long to end as well.
 END_S = 1.0
 
-# Response headers that go to clients by name; `openai-*` and `x-*` go by prefix (contract, "Bodies and headers").
-_RETURNED = frozenset({b"content-type", b"cache-control", b"content-disposition"})
+# What to do with a node's header, by its name. `openai-*` and `x-*` go to clients by prefix, unless they are ours
+# (contract, "Bodies and headers").
+_IGNORED, _RETURNED, _READ = 1, 2, 3
+_ROLES = {
+    b"content-type": _RETURNED,
+    b"cache-control": _RETURNED,
+    b"content-disposition": _RETURNED,
+    b"content-encoding": _READ,
+    b"retry-after": _READ,
+    b"connection": _READ,
+    b"content-length": _IGNORED,
+    b"transfer-encoding": _IGNORED,
+    b"date": _IGNORED,
+    b"server": _IGNORED,
+}
 _OURS = (b"x-balancer-", b"x-ratelimit-", b"x-request-id")
+
+
+def _role(name: bytes, returned: frozenset[bytes]) -> int:
+    if name in returned or (name.startswith((b"x-", b"openai-")) and not name.startswith(_OURS)):
+        return _RETURNED
+    return _IGNORED
 
 
 class Sink(Protocol):
@@ -70,7 +89,7 @@ class AnswerLimits:
 class Answer:
     """Collects, checks and then relays what a node says. Driven by its connection, awaited by one task.
 
-    `settled()` returns at the commit point or at the failure before it; `finished()` when the last byte is through.
+    It is `committed` or `ended` when `wait` returns the first time, and `ended` the second.
     """
 
     __slots__ = (
@@ -180,15 +199,13 @@ class Answer:
         """Events that the client did not ask for."""
         return (self._scanner.withheld or []) if self._scanner is not None else []
 
-    async def settled(self) -> None:
-        """Wait for the commit point or a failure before it."""
-        if not (self.committed or self.ended):
-            await self._wait()
-
-    async def finished(self) -> None:
-        """Wait until the answer is over."""
-        if not self.ended:
-            await self._wait()
+    async def wait(self) -> None:
+        """Until the commit point, or, once committed, until the answer is over. Not for one that is over already."""
+        waiter = self._waiter = self._wheel.loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
 
     def take_held(self) -> bytes:
         """What was held back until the commit point; the caller hands it on first."""
@@ -243,21 +260,26 @@ class Answer:
         self.status = status
         self.length = length
         kind = b""
-        encoded = False
         dropped: frozenset[bytes] = frozenset()
-        for name, value in headers:
-            if name == b"content-type":
-                kind = media_type(value)
+        returned = []
+        for pair in headers:
+            name, value = pair
+            role = _ROLES.get(name) or _role(name, self._limits.return_headers)
+            if role == _IGNORED:
+                continue
+            if role == _RETURNED:
+                returned.append(pair)
+                if name == b"content-type":
+                    kind = media_type(value)
             elif name == b"content-encoding":
-                encoded = value.strip().lower() not in (b"identity", b"")
+                if value.strip().lower() not in (b"identity", b""):
+                    self._fail(Outcome.BAD_ENCODING)
+                    return
             elif name == b"retry-after":
                 self.retry_after = value
-            elif name == b"connection":
+            else:
                 dropped = connection_tokens(value)
-        if encoded:
-            self._fail(Outcome.BAD_ENCODING)
-            return
-        self.headers = [pair for pair in headers if pair[0] not in dropped and self._is_returned(pair[0])]
+        self.headers = [pair for pair in returned if pair[0] not in dropped] if dropped else returned
         verdict = of_status(status)
         if verdict is not Outcome.OK:
             self._kind = Answer._ERROR
@@ -329,13 +351,6 @@ class Answer:
             self._fail(Outcome.UNARY_TIMEOUT)
 
     # -- inside
-
-    def _is_returned(self, name: bytes) -> bool:
-        if name in _RETURNED or name in self._limits.return_headers:
-            return True
-        if name.startswith(b"x-"):
-            return not name.startswith(_OURS)
-        return name.startswith(b"openai-")
 
     def _hold_events(self, data: bytes, now: float) -> None:
         scanner = self._scanner
@@ -419,13 +434,6 @@ class Answer:
         self.outcome = outcome
         self._wheel.forget(self)
         self._wake()
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

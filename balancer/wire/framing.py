@@ -39,7 +39,16 @@ def connection_tokens(value: bytes) -> frozenset[bytes]:
 
 def media_type(content_type: bytes) -> bytes:
     """`text/html` of `Text/HTML; charset=utf-8`."""
-    return content_type.partition(b";")[0].strip().lower()
+    kind = _MEDIA_TYPES.get(content_type)
+    return content_type.partition(b";")[0].strip().lower() if kind is None else kind
+
+
+# The spellings that nearly every answer has.
+_MEDIA_TYPES = {
+    b"application/json": b"application/json",
+    b"text/event-stream; charset=utf-8": b"text/event-stream",
+    b"text/event-stream": b"text/event-stream",
+}
 
 
 class DateHeader:

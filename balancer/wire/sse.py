@@ -7,11 +7,12 @@ only reads with a landmark in them (an end, a usage, an error) are taken apart. 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
 
+from balancer.core.event_text import DONE, EVENT_END, fields
 from balancer.core.outcome import Outcome
 from balancer.core.request import Dialect
 
@@ -20,8 +21,10 @@ EVENT_BYTES = 256 * 1024
 # What a node's own error message may carry on to the client.
 MESSAGE_CHARS = 500
 
+# Of an oversized event so much of one part is looked at again with the next, for landmarks that lie across both.
+SEAM_BYTES = 128
+
 _ENDS = (b"\n\n", b"\n\r\n")
-_END = re.compile(rb"\r?\n\r?\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ def usage_of(body: Any) -> Usage | None:
 class StreamScanner:
     """Follows one stream. Subclasses know a dialect's landmarks and what its events mean."""
 
-    __slots__ = ("_cut", "_tail", "content", "events", "good_end", "message", "outcome", "usage", "withheld")
+    __slots__ = ("_part", "_tail", "content", "events", "good_end", "message", "outcome", "usage", "withheld")
 
     def __init__(self) -> None:
         self.content = False  # the first content event has passed
@@ -61,20 +64,28 @@ class StreamScanner:
         self.message: str | None = None  # the node's own words about it
         self.withheld: list[bytes] | None = None  # events kept from the client, which a stored answer still has
         self._tail = b""
-        self._cut = False  # an oversized event is passing in parts
+        self._part: bytes | None = None  # an oversized event is passing in parts: the end of the last one
 
     def feed(self, data: bytes) -> bytes:
         """Take one read; return what may be handed on now, which may be nothing.
 
-        An incomplete event waits for its end, so that a stream never breaks inside one. After `outcome` is set,
-        nothing more is handed on.
+        An incomplete event waits for its end, so that a stream never breaks inside one. After the good end and
+        after `outcome` is set, nothing more is handed on.
         """
+        if self.good_end or self.outcome is not None:
+            return b""
         if self._tail:
             data = self._tail + data
             self._tail = b""
+        if self._part is not None:
+            return self._pass_part(data)
         if not data.endswith(_ENDS):
-            data = self._hold_tail(data)
-        if self.content and not self._cut and not self.remarkable(data):
+            end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
+            end = end if end > 2 else 0  # not found is -1
+            if len(data) - end > EVENT_BYTES:
+                return self._begin_parts(data, end)
+            data, self._tail = data[:end], data[end:]
+        if self.content and not self.remarkable(data):
             self.events += data.count(b"\n\n") or data.count(b"\n\r\n")
             return data
         return self._take_apart(data)
@@ -97,41 +108,52 @@ class StreamScanner:
         """Learn from one event; False when it is not for the client."""
         raise NotImplementedError  # pragma: no cover
 
-    def _hold_tail(self, data: bytes) -> bytes:
-        cut = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
-        if cut < 3:  # neither was found: rfind gave -1
-            cut = 0
-        if len(data) - cut > EVENT_BYTES:
-            self._cut = True
+    def on_part(self, part: bytes, *, first: bool, last: bool) -> None:
+        """Learn what can be learnt from a part of an oversized event, which is never parsed; none has usage."""
+        self.content = True
+        self.events += first
+
+    def _begin_parts(self, data: bytes, end: int) -> bytes:
+        """An event grew too large: hand on what lies before it, and what is there of it."""
+        before = self._take_apart(data[:end])
+        if self.good_end or self.outcome is not None:
+            return before
+        self._part = b""
+        return before + self._pass_part(data[end:])
+
+    def _pass_part(self, data: bytes) -> bytes:
+        end = EVENT_END.search(data)
+        if end is None:
+            stop = max(len(data) - 3, len(data.rstrip(b"\r\n")))  # the rest may begin the event's ending
+            data, self._tail = data[:stop], data[stop:]
+            self._see_part(data, last=False)
             return data
-        self._tail = data[cut:]
-        return data[:cut]
+        self._see_part(data[: end.end()], last=True)
+        self._part = None
+        return data[: end.end()] + self.feed(data[end.end() :])
+
+    def _see_part(self, data: bytes, *, last: bool) -> None:
+        seen = (self._part or b"") + data
+        self.on_part(seen, first=not self._part, last=last)
+        self._part = seen[-SEAM_BYTES:]
 
     def _take_apart(self, data: bytes) -> bytes:
-        if self._cut:  # the rest of an oversized event goes by unread
-            end = _END.search(data)
-            if end is None:
-                return data
-            self._cut = not data.endswith(_ENDS)
-            return data
         out = []
         start = 0
-        for end in _END.finditer(data):
+        for end in EVENT_END.finditer(data):
             event = data[start : end.end()]
             start = end.end()
-            if self.good_end:
-                break  # nothing belongs behind the end
             if self._keep(event):
                 out.append(event)
-            if self.outcome is not None:
-                break
+            if self.good_end or self.outcome is not None:
+                break  # nothing belongs behind it
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _keep(self, event: bytes) -> bool:
-        name, payload = _fields(event)
+        name, payload = fields(event)
         if payload is None:
             return True  # a comment, or an event without data
-        if payload == b"[DONE]":
+        if payload == DONE:
             return self.on_done()
         try:
             body = orjson.loads(payload)
@@ -160,20 +182,6 @@ class StreamScanner:
         if isinstance(message, str):
             self.message = message[:MESSAGE_CHARS]
         return False
-
-
-def _fields(event: bytes) -> tuple[bytes, bytes | None]:
-    """The event's name and its data; None as data when there is none."""
-    if event.startswith(b"data: ") and event.find(b"\n", 0, -2) < 0:
-        return b"", event[6:].rstrip()
-    name = b""
-    data: list[bytes] = []
-    for line in event.splitlines():
-        if line.startswith(b"data:"):
-            data.append(line[5:].removeprefix(b" "))
-        elif line.startswith(b"event:"):
-            name = line[6:].strip()
-    return name, b"\n".join(data).strip() if data else None
 
 
 _FINISH = re.compile(rb'finish_reason"\s*:\s*[^n\s]')
@@ -217,15 +225,24 @@ class OpenAIScanner(StreamScanner):
         choices = body.get("choices")
         if not choices:
             return not (self._withhold_usage and usage is not None)
+        if not isinstance(choices, list):
+            self.outcome = Outcome.BAD_BODY
+            return False
         for choice in choices:
             if not isinstance(choice, dict):
                 continue
             if choice.get("finish_reason") is not None:
-                self._finished.add(choice.get("index") or 0)
+                index = choice.get("index")
+                self._finished.add(index if type(index) is int else 0)
             if _has_content(choice):
                 self.content = True
                 self.events += 1
         return True
+
+    def on_part(self, part: bytes, *, first: bool, last: bool) -> None:
+        super().on_part(part, first=first, last=last)
+        if self._choices == 1 and _FINISH.search(part):
+            self._finished.add(0)
 
 
 def _has_content(choice: dict[str, Any]) -> bool:
@@ -238,11 +255,11 @@ def _has_content(choice: dict[str, Any]) -> bool:
 class AnthropicScanner(StreamScanner):
     """Messages: `content_block_delta` begins, `message_stop` ends."""
 
-    __slots__ = ("_prompt",)
+    __slots__ = ("_started",)
 
     def __init__(self) -> None:
         super().__init__()
-        self._prompt = 0
+        self._started = Usage(0, 0)
 
     def remarkable(self, data: bytes) -> bool:
         return b"message_" in data or b"error" in data
@@ -253,24 +270,29 @@ class AnthropicScanner(StreamScanner):
             self.content = True
             self.events += 1
         elif kind == "message_start":
-            started = usage_of(body.get("message"))
-            self._prompt = started.prompt if started else 0
+            self._started = usage_of(body.get("message")) or self._started
         elif kind == "message_delta":
-            output = (body.get("usage") or {}).get("output_tokens")
+            usage = body.get("usage")
+            output = usage.get("output_tokens") if isinstance(usage, dict) else None
             if type(output) is int:
-                self.usage = Usage(self._prompt, output)
+                self.usage = usage_of(body) or replace(self._started, completion=output)
         elif kind == "message_stop":
             self.good_end = True
         return True
 
 
 _RESPONSE_ENDS = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_RESPONSE_KIND = re.compile(rb'(?:^event:\s*|"type"\s*:\s*")(response\.[\w.]+)')
 
 
 class ResponsesScanner(StreamScanner):
     """Responses: any `response.*.delta` begins; completed, incomplete or failed ends."""
 
-    __slots__ = ()
+    __slots__ = ("_large",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._large = ""  # what kind of oversized event is passing: the last one has all of the answer in it
 
     def remarkable(self, data: bytes) -> bool:
         return b"response.completed" in data or b"response.incomplete" in data or b"rror" in data or b"failed" in data
@@ -280,10 +302,10 @@ class ResponsesScanner(StreamScanner):
 
     def on_event(self, name: bytes, body: Any) -> bool:
         kind = body.get("type") if isinstance(body, dict) else None
+        if kind == "error" or name == b"error":
+            return self.fail(body)
         if not isinstance(kind, str):
             return True
-        if kind == "error":
-            return self.fail(body)
         if kind.endswith(".delta"):
             self.content = True
             self.events += 1
@@ -292,14 +314,28 @@ class ResponsesScanner(StreamScanner):
             self.usage = usage_of(body.get("response"))
         return True
 
+    def on_part(self, part: bytes, *, first: bool, last: bool) -> None:
+        if first:
+            kind = _RESPONSE_KIND.search(part)
+            self._large = kind[1].decode() if kind else ""
+            self.content = self.content or self._large.endswith(".delta")
+        self.good_end = last and self._large in _RESPONSE_ENDS
+
+
+_GENERATED = re.compile(rb'"generated_text"\s*:\s*"')
+
 
 class TgiScanner(StreamScanner):
     """TGI's generate_stream: the first `token` begins, `generated_text` that is not null ends."""
 
-    __slots__ = ()
+    __slots__ = ("_large_ends",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._large_ends = False  # the oversized event that is passing has the whole text in it
 
     def remarkable(self, data: bytes) -> bool:
-        return b'"generated_text":"' in data or b'"generated_text": "' in data or b'"error"' in data
+        return b'"error"' in data or _GENERATED.search(data) is not None
 
     def on_event(self, name: bytes, body: Any) -> bool:
         if not isinstance(body, dict):
@@ -312,8 +348,14 @@ class TgiScanner(StreamScanner):
             self.good_end = True
             details = body.get("details")
             if isinstance(details, dict) and type(details.get("generated_tokens")) is int:
-                self.usage = Usage(int(details.get("input_length") or 0), details["generated_tokens"])
+                prompt = details.get("input_length")
+                self.usage = Usage(prompt if type(prompt) is int else 0, details["generated_tokens"])
         return True
+
+    def on_part(self, part: bytes, *, first: bool, last: bool) -> None:
+        super().on_part(part, first=first, last=last)
+        self._large_ends = _GENERATED.search(part) is not None or (self._large_ends and not first)
+        self.good_end = last and self._large_ends
 
 
 def scanner_for(dialect: Dialect, choices: int, *, withhold_usage: bool) -> StreamScanner | None:

@@ -28,11 +28,11 @@ class Watched(Protocol):
 class TimerWheel:
     """Buckets of watched things by the tick at which to look at them next."""
 
-    __slots__ = ("_buckets", "_handle", "_loop", "_next", "_now", "_ticks")
+    __slots__ = ("_buckets", "_handle", "_next", "_now", "_ticks", "loop")
 
     def __init__(self, now: Callable[[], float], loop: asyncio.AbstractEventLoop) -> None:
         self._now = now
-        self._loop = loop
+        self.loop = loop
         self._buckets: dict[int, set[Watched]] = {}
         self._ticks: list[int] = []  # a heap of the buckets' keys
         self._handle: asyncio.TimerHandle | None = None
@@ -69,7 +69,7 @@ class TimerWheel:
         if self._handle is not None:
             self._handle.cancel()
         self._next = tick
-        self._handle = self._loop.call_later(max(0.0, tick * TICK_S - self._now()), self._turn)
+        self._handle = self.loop.call_later(max(0.0, tick * TICK_S - self._now()), self._turn)
 
     def _turn(self) -> None:
         now = self._now()

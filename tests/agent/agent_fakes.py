@@ -10,8 +10,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
+import orjson
 from aiohttp import web
 
 from node_agent.engine import EngineWatch
@@ -21,6 +23,7 @@ from node_agent.engine_visit import ScrapePolicy
 from node_agent.gpu import GpuReading
 from node_agent.nvml import NvmlUnavailable
 from node_agent.processes import EngineProcesses
+from node_agent.push import PATH
 
 GOLDEN = Path(__file__).parent / "golden"
 # Nothing on loopback takes so long: a time-out in a test that expects none would be an accident.
@@ -107,8 +110,6 @@ class FakeEngine:
         self._runner: web.AppRunner | None = None
 
     def answer(self, path: str, body: object, status: int = 200, **headers: str) -> None:
-        import orjson
-
         data = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else orjson.dumps(body)
         self.pages[path] = (status, data, {name.replace("_", "-"): value for name, value in headers.items()})
 
@@ -135,6 +136,19 @@ class FakeEngine:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+
+class FakeBalancer(FakeEngine):
+    """Takes reports, and lets a test wait for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        if request.method == "POST" and request.path == PATH:
+            self.reports.put_nowait(orjson.loads(await request.read()))
+        return await super()._handle(request)
 
 
 @asynccontextmanager

@@ -121,6 +121,32 @@ def test_restart_is_no_wedge() -> None:
     assert after((0, generated(100, start_time=1.0)), (6, generated(100, start_time=2.0))).wedged is False
 
 
+# ---- prompt tokens that were computed ----
+
+
+def prompted(prompt: float, cached: float) -> Visit:
+    return replace(OK, sample=EngineSample(counters={"prompt_tokens": prompt, "cached_tokens": cached}))
+
+
+def test_cached_tokens_that_are_counted_a_moment_before_the_prompt_are_no_restart() -> None:
+    state = after((0, prompted(5000, 1000)))
+    told = [state.uncached_tokens]
+    for now, visit in ((1, prompted(5000, 1900)), (2, prompted(6000, 1900))):
+        before, state = state, see(state, visit, now)
+        assert boot_id(state) == boot_id(before)
+        told.append(state.uncached_tokens)
+    assert told == [4000, 4000, 4100]
+
+
+def test_computed_prompt_tokens_begin_anew_with_the_engine() -> None:
+    assert after((0, prompted(5000, 1000)), (1, prompted(10, 0))).uncached_tokens == 10
+
+
+def test_computed_prompt_tokens_are_unknown_where_the_engine_tells_no_cached_ones() -> None:
+    visit = replace(OK, sample=EngineSample(counters={"prompt_tokens": 5.0}))
+    assert after((0, visit)).uncached_tokens is None
+
+
 # ---- which start of the engine ----
 
 
@@ -176,6 +202,24 @@ def test_boot_id_is_the_same_for_an_agent_that_was_restarted() -> None:
     assert boot_id(after((0, generated(100, start_time=5.0)))) == boot_id(after((900, generated(200, start_time=5.0))))
     assert boot_id(after((0, generated(100)))) == boot_id(after((900, generated(200))))
     assert boot_id(after((0, generated(100, start_time=5.0)))) != boot_id(after((0, generated(100, start_time=6.0))))
+
+
+def test_one_restart_that_two_witnesses_see_one_after_the_other_is_one_change() -> None:
+    state = see(EngineState(), generated(100, start_time=1.0), 0, process="7-100-x")
+    first = boot_id(state)
+    state = see(state, generated(3, start_time=2.0), 1, process="7-100-x")  # /proc was read before the restart
+    second = boot_id(state)
+    state = see(state, generated(4, start_time=2.0), 2, process="9-200-x")
+    assert first != second == boot_id(state)
+    state = see(EngineState(), generated(100), 0, process="7-100-x")
+    state = see(state, Visit(health="ok"), 1, process="9-200-x")  # its metrics did not come
+    second = boot_id(state)
+    assert boot_id(see(state, generated(100, start_time=2.0), 2, process="9-200-x")) == second
+
+
+def test_engine_that_is_loading_has_no_boot_id_yet() -> None:
+    assert after((0, Visit(health="error"))).boot is None
+    assert after((0, Visit(health="error")), (1, generated(0))).boot is not None
 
 
 def test_every_reset_gets_an_id_of_its_own() -> None:

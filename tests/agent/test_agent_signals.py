@@ -44,7 +44,7 @@ def test_vllm_with_two_ranks() -> None:
     assert (sample.kv_block_tokens, sample.kv_capacity_tokens) == (16, 2 * 16 * 12968)
     assert sample.start_time == 1.79524011224e9
     assert sample.counters["generation_tokens"] == 912000
-    assert sample.counters["uncached_tokens"] == 3011200 + 2000000 - 1100000
+    assert (sample.counters["prompt_tokens"], sample.counters["cached_tokens"]) == (5011200, 1100000)
     assert sample.counters["preemptions"] == 3
     assert sample.counters["latency_count"] == 65
     assert sample.counters["prefix_queries"] == 5e6
@@ -147,7 +147,7 @@ def test_trtllm_serve() -> None:
     assert (sample.running, sample.queue_depth, sample.slots) == (11, 2, 256)
     assert (sample.kv_usage_ratio, sample.kv_block_tokens, sample.kv_capacity_tokens) == (0.375, 32, 128000)
     assert sample.prefix_hit_ratio == 0.125
-    assert sample.counters["uncached_tokens"] == 60000
+    assert (sample.counters["prompt_tokens"], sample.counters["cached_tokens"]) == (100000, 40000)
     assert sample.counters["prefill_seconds"] == pytest.approx(20.0)
     assert sample.progress is None
 

@@ -68,6 +68,10 @@ def test_gap_in_the_readings_starts_the_window_anew() -> None:
     assert delta(points, "n") == 1
 
 
+def test_rounding_of_a_sum_is_no_reset() -> None:
+    assert not was_reset(counted(0, seconds=0.1 + 0.2 + 0.3), counted(1, seconds=0.3 + 0.2 + 0.1))
+
+
 def test_series_that_appears_or_vanishes_is_no_reset() -> None:
     assert not was_reset(counted(0, a=1), counted(1, b=0))
 

@@ -1,0 +1,263 @@
+"""The admin API: who may use it, and what each call does. `ops.py` serves it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address, ip_address
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from balancer.auth import matches
+from balancer.clock import Clock
+from balancer.core.node import Node, NodeConfig
+from balancer.core.request import NodeId
+from balancer.errors import BadRequest, Forbidden, NotFound, Unauthenticated
+from balancer.explain import Ring
+from balancer.health_feed import HealthFeed
+from balancer.registry import Registry
+from balancer.settings import SettingsError
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+# A node's id goes into response headers and labels.
+_ID = re.compile(r"[!-~]{1,128}")
+_NODE = TypeAdapter(tuple[NodeConfig], config=ConfigDict(extra="forbid"))  # a dataclass alone takes no config
+_CACHE_FILTERS = ("tenant", "model", "key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a call answers: data for JSON."""
+
+    data: Any
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Handler = Callable[["web.Request"], Awaitable[Reply]]
+
+
+class CacheAdmin(Protocol):
+    """The part of the response cache that operators may see and change."""
+
+    async def stats(self) -> dict[str, Any]:
+        """Hit figures."""
+
+    async def delete(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
+        """Remove what matches all that is given; how many answers went."""
+
+
+class Gate:
+    """Lets in whoever has the key; where no key is set, only callers on this machine.
+
+    Without a key a page in the operator's browser is the other way in: hence a look at `Host`, which keeps names
+    out that were bound to this address, and at `Origin`. `X-Forwarded-For` is anybody's word and not read.
+    """
+
+    def __init__(self, what: str, sha256: str | None) -> None:
+        self._what = what
+        self._sha256 = sha256
+
+    def admit(self, headers: Mapping[str, str], peer: str | None) -> None:
+        """Raises Unauthenticated or Forbidden. `peer` is the address at the other end of the connection."""
+        if self._sha256 is not None:
+            scheme, _, key = headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not matches(key.strip().encode("utf-8", "surrogateescape"), self._sha256):
+                raise Unauthenticated(f"the {self._what} is required: Authorization: Bearer KEY")
+            return
+        host, origin = headers.get("Host"), headers.get("Origin")
+        if peer is None or not _is_loopback(peer):
+            raise Forbidden(f"without a configured {self._what} only callers on this machine are served")
+        if host is not None and not _is_local_name(host):
+            raise Forbidden(f"without a configured {self._what} Host must be an address or localhost")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise Forbidden(f"without a configured {self._what} pages of other origins are not served")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        return False
+    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
+    return (mapped or ip).is_loopback
+
+
+def _is_local_name(host: str) -> bool:
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name == "localhost" or name.endswith(".localhost"):
+            return True
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Admin:
+    """The calls under /admin. What changes the fleet or the settings goes through the callbacks."""
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        clock: Clock,
+        ring: Ring,
+        feed: HealthFeed,
+        cache: CacheAdmin,
+        tenants: Callable[[], Mapping[str, Any]],
+        settings_view: Callable[[], Mapping[str, Any]],
+        reload: Callable[[], Awaitable[list[str]]],
+        put_node: Callable[[NodeConfig], object],
+        remove_node: Callable[[NodeId], object],
+    ) -> None:
+        self._registry = registry
+        self._clock = clock
+        self._ring = ring
+        self._feed = feed
+        self._cache = cache
+        self._tenants = tenants
+        self._settings_view = settings_view
+        self._reload = reload
+        self._put_node = put_node
+        self._remove_node = remove_node
+
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        """Method, path and what it calls."""
+        return [
+            ("GET", "/admin/nodes", self._nodes),
+            ("GET", "/admin/nodes/{id}", self._node),
+            ("PUT", "/admin/nodes/{id}", self._put),
+            ("DELETE", "/admin/nodes/{id}", self._remove),
+            ("POST", "/admin/nodes/{id}/drain", self._drain),
+            ("POST", "/admin/nodes/{id}/undrain", self._undrain),
+            ("GET", "/admin/requests/{id}", self._request),
+            ("GET", "/admin/cache", self._cache_stats),
+            ("DELETE", "/admin/cache", self._cache_delete),
+            ("GET", "/admin/tenants", self._show_tenants),
+            ("GET", "/admin/config", self._show_config),
+            ("POST", "/admin/reload", self._reload_settings),
+        ]
+
+    # -- nodes
+
+    async def _nodes(self, request: web.Request) -> Reply:
+        now = self._clock.now()
+        nodes = [self._registry.describe(node, now) for node in self._registry.nodes.values()]
+        return Reply(data={"nodes": nodes, "unmatched": self._feed.unmatched})
+
+    async def _node(self, request: web.Request) -> Reply:
+        return self._described(self._find(request))
+
+    async def _put(self, request: web.Request) -> Reply:
+        config = node_config(request.match_info["id"], await json_body(request))
+        id_ = NodeId(request.match_info["id"])
+        status = 200 if id_ in self._registry.nodes else 201
+        self._put_node(config)
+        return self._described(self._registry.nodes[id_], status)
+
+    async def _remove(self, request: web.Request) -> Reply:
+        node = self._find(request)
+        self._remove_node(node.id)
+        return Reply(data={"removed": node.id})
+
+    async def _drain(self, request: web.Request) -> Reply:
+        return self._set_drained(request, True)
+
+    async def _undrain(self, request: web.Request) -> Reply:
+        return self._set_drained(request, False)
+
+    def _set_drained(self, request: web.Request, drained: bool) -> Reply:
+        node = self._find(request)
+        self._registry.drain(node.id, drained=drained)
+        return self._described(node)
+
+    def _find(self, request: web.Request) -> Node:
+        node = self._registry.nodes.get(NodeId(request.match_info["id"]))
+        if node is None:
+            raise NotFound("there is no such node", param="id")
+        return node
+
+    def _described(self, node: Node, status: int = 200) -> Reply:
+        return Reply(data=self._registry.describe(node, self._clock.now()), status=status)
+
+    # -- the rest
+
+    async def _request(self, request: web.Request) -> Reply:
+        call = self._ring.get(request.match_info["id"])
+        if call is None:
+            raise NotFound("this request is not, or no longer, remembered", param="request_id")
+        return Reply(data=call.as_dict())
+
+    async def _cache_stats(self, request: web.Request) -> Reply:
+        return Reply(data=await self._cache.stats())
+
+    async def _cache_delete(self, request: web.Request) -> Reply:
+        query = request.query
+        for name in query:
+            if name not in _CACHE_FILTERS or len(query.getall(name)) > 1:
+                raise BadRequest(f"{name}: is unknown or there twice", param=name)
+        tenant, model, key = (query.get(name) or None for name in _CACHE_FILTERS)
+        if tenant is None and model is None and key is None:
+            raise BadRequest("say what to remove: tenant, model or key")
+        return Reply(data={"deleted": await self._cache.delete(tenant=tenant, model=model, key=key)})
+
+    async def _show_tenants(self, request: web.Request) -> Reply:
+        return Reply(data=self._tenants())
+
+    async def _show_config(self, request: web.Request) -> Reply:
+        return Reply(data=self._settings_view())
+
+    async def _reload_settings(self, request: web.Request) -> Reply:
+        try:
+            return Reply(data={"reloaded": True, "needs_restart": await self._reload()})
+        except SettingsError as error:
+            raise BadRequest(str(error)) from error
+
+
+async def json_body(request: web.Request) -> Any:
+    """The request's JSON. Raises BadRequest."""
+    try:
+        return orjson.loads(await request.read())
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from error
+
+
+def node_config(id_: str, data: Any) -> NodeConfig:
+    """The node that a PUT asks for. Raises BadRequest with the field's name."""
+    if not _ID.fullmatch(id_):
+        raise BadRequest("id: must be up to 128 visible ASCII characters", param="id")
+    try:
+        (config,) = _NODE.validate_python((data,))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        unknown = first["type"] == "unexpected_keyword_argument"
+        reason = "there is no such field" if unknown else first["msg"]
+        raise BadRequest(f"{name}: {reason}" if name else "the body must be an object", param=name or None) from error
+    if config.id not in (None, id_):
+        raise BadRequest("id: differs from the one in the path", param="id")
+    if config.api_key_file is not None:
+        raise BadRequest("api_key_file: only the settings file may name files", param="api_key_file")
+    _check_url("url", config.url)
+    if config.agent is not None:
+        _check_url("agent", config.agent)
+    return dataclasses.replace(config, id=id_)
+
+
+def _check_url(name: str, url: str) -> None:
+    """Scheme, host, perhaps a port and a path: nothing else has a meaning for a node or an agent."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise BadRequest(f"{name}: must be http(s)://HOST[:PORT][/PATH], without a user or a query", param=name)
