@@ -1,23 +1,22 @@
-"""The admin API: who may use it, and what each call does. `ops.py` serves it."""
+"""The admin API: what each call does. `ops.py` serves it, `gate.py` says to whom."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from balancer.auth import matches
 from balancer.clock import Clock
 from balancer.core.node import Node, NodeConfig
 from balancer.core.request import NodeId
-from balancer.errors import BadRequest, Forbidden, NotFound, Unauthenticated
+from balancer.errors import BadRequest, ClientError, NotFound
 from balancer.explain import Ring
 from balancer.health_feed import HealthFeed
 from balancer.registry import Registry
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[!-~]{1,128}")
 _NODE = TypeAdapter(tuple[NodeConfig], config=ConfigDict(extra="forbid"))  # a dataclass alone takes no config
 _CACHE_FILTERS = ("tenant", "model", "key")
+# A caller whose body does not come would hold its call for ever.
+BODY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,53 +53,6 @@ class CacheAdmin(Protocol):
 
     async def delete(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
         """Remove what matches all that is given; how many answers went."""
-
-
-class Gate:
-    """Lets in whoever has the key; where no key is set, only callers on this machine.
-
-    Without a key a page in the operator's browser is the other way in: hence a look at `Host`, which keeps names
-    out that were bound to this address, and at `Origin`. `X-Forwarded-For` is anybody's word and not read.
-    """
-
-    def __init__(self, what: str, sha256: str | None) -> None:
-        self._what = what
-        self._sha256 = sha256
-
-    def admit(self, headers: Mapping[str, str], peer: str | None) -> None:
-        """Raises Unauthenticated or Forbidden. `peer` is the address at the other end of the connection."""
-        if self._sha256 is not None:
-            scheme, _, key = headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not matches(key.strip().encode("utf-8", "surrogateescape"), self._sha256):
-                raise Unauthenticated(f"the {self._what} is required: Authorization: Bearer KEY")
-            return
-        host, origin = headers.get("Host"), headers.get("Origin")
-        if peer is None or not _is_loopback(peer):
-            raise Forbidden(f"without a configured {self._what} only callers on this machine are served")
-        if host is not None and not _is_local_name(host):
-            raise Forbidden(f"without a configured {self._what} Host must be an address or localhost")
-        if origin is not None and origin.partition("://")[2] != host:
-            raise Forbidden(f"without a configured {self._what} pages of other origins are not served")
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        ip = ip_address(address)
-    except ValueError:
-        return False
-    mapped = ip.ipv4_mapped if isinstance(ip, IPv6Address) else None
-    return (mapped or ip).is_loopback
-
-
-def _is_local_name(host: str) -> bool:
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        if name == "localhost" or name.endswith(".localhost"):
-            return True
-        ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 class Admin:
@@ -223,9 +177,13 @@ class Admin:
 
 
 async def json_body(request: web.Request) -> Any:
-    """The request's JSON. Raises BadRequest."""
+    """The request's JSON. Raises BadRequest, and 408 when it does not come within BODY_S."""
     try:
-        return orjson.loads(await request.read())
+        async with asyncio.timeout(BODY_S):
+            body = await request.read()
+        return orjson.loads(body)
+    except TimeoutError as error:
+        raise ClientError("the body did not come in time", status=408, code="request_timeout") from error
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from error
 

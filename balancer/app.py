@@ -8,7 +8,7 @@ import gc
 import signal
 from collections.abc import Callable
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 from balancer.admission import Admission
 from balancer.attempts import Attempts
@@ -49,6 +49,13 @@ GC_THRESHOLD = 20_000
 Load = Callable[[], Settings]
 
 
+class Watcher(Protocol):
+    """Something that runs beside the data port."""
+
+    async def start(self) -> None: ...
+    async def close(self) -> None: ...
+
+
 class App:
     """One balancer process. `run` serves until a signal ends it."""
 
@@ -67,6 +74,7 @@ class App:
         self._clock = clock or SystemClock()
         self._rng = rng or Random()
         self._tasks: list[asyncio.Task[None]] = []
+        self._watchers: tuple[Watcher, ...] = ()
         self._lag_s = 0.0
         self._build()
 
@@ -171,9 +179,29 @@ class App:
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
         feed = HealthFeed(registry, settings.agents, clock, rng, self.metrics)
-        self.ops = OpsServer(self, settings.ops_listen, feed)
-        self._watching = [HealthChecker(registry, settings.health, clock, rng), ModelLister(registry, clock, rng), feed]
-        for watcher in (*self._watching, self.ops):
+        self.ops = OpsServer(
+            settings.ops_listen,
+            registry=registry,
+            metrics=self.metrics,
+            clock=clock,
+            ring=self.ring,
+            feed=feed,
+            cache=self.cache,
+            tenants=self.admission.tenants,
+            settings_view=self.effective,
+            reload=self.reload,
+            drain_state=lambda: self.port.draining or self.port.closing,
+            ops_config=settings.ops,
+            put_node=self.put_node,
+            remove_node=self.remove_node,
+        )
+        self._watchers = (
+            HealthChecker(registry, settings.health, clock, rng),
+            ModelLister(registry, clock, rng),
+            feed,
+            self.ops,
+        )
+        for watcher in self._watchers:
             await watcher.start()
         log.info("ops.listening", address=self.ops.address)
 
@@ -182,7 +210,7 @@ class App:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for watcher in (self.ops, *self._watching):
+        for watcher in reversed(self._watchers):
             await watcher.close()
         self.attempts.close()
         await self.store.close()
@@ -242,6 +270,7 @@ class App:
             raise
         auth = Auth(new.auth)
         self.intake.configure(new, auth)
+        self.port.revision += 1
         self.cache.configure(new.cache, self.intake.rules)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
         self.attempts.configure(

@@ -327,7 +327,7 @@ class Attempts:
             node.load.first_token(answer.first_token_s - answer.sent_s, now)
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)
         elif outcome is Outcome.BACK_PRESSURE and attempt.connect_outcome is None:
-            rest_s = retry_after_s(answer.retry_after, self._clock.wall())
+            rest_s = retry_after_s(answer.head.retry_after if answer.head else None, self._clock.wall())
             self._registry.blocked(node, rest_s, answer.status, now)
         self._metrics.attempts.of(node.id, outcome.label).value += 1
         attempt.call.attempts.append((node.id, outcome.label, now - attempt.started_s))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 from balancer.errors import BalancerError
@@ -97,16 +96,19 @@ class Ring:
     """The last requests by id; the oldest goes first."""
 
     def __init__(self, size: int = RING) -> None:
-        self._size = size
-        self._calls: OrderedDict[str, Call] = OrderedDict()
+        self._slots: list[Call | None] = [None] * size
+        self._next = 0
+        self._by_id: dict[str, Call] = {}
 
     def add(self, call: Call) -> None:
         """Keep a record; a request id used twice keeps the newer."""
-        calls = self._calls
-        calls[call.id] = call
-        if len(calls) > self._size:
-            calls.popitem(last=False)
+        at = self._next
+        old = self._slots[at]
+        if old is not None and self._by_id.get(old.id) is old:
+            del self._by_id[old.id]
+        self._slots[at] = self._by_id[call.id] = call
+        self._next = at + 1 if at + 1 < len(self._slots) else 0
 
     def get(self, id_: str) -> Call | None:
         """The record of a request, while it is kept."""
-        return self._calls.get(id_)
+        return self._by_id.get(id_)

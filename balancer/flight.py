@@ -97,14 +97,13 @@ class Flight:
             self._collected.append(data)
 
     def _store(self, answer: Answer, body: bytes) -> None:
-        if self._collected is None or answer.status != 200:
+        if self._collected is None or answer.head is None or answer.head.status != 200:
             return
-        kind = next((value for name, value in answer.headers if name == b"content-type"), b"application/json")
         self._cache.store(
             self._plan,
             self._request,
             stream=answer.is_stream,
-            kind=kind,
+            kind=answer.head.content_type or b"application/json",
             body=_with_withheld(body, answer.withheld) if answer.is_stream else body,
             took_s=answer.last_byte_s - answer.sent_s,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -48,14 +47,23 @@ _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority
 
 
 class Head:
-    """What a request's head says, once it has passed."""
+    """What a request's head says, once it has passed. The next request on its connection may share it."""
 
-    __slots__ = ("endpoint", "id", "tenant", "wishes")
+    __slots__ = ("endpoint", "forward", "given_id", "lines", "tenant", "wishes")
 
-    def __init__(self, endpoint: Endpoint, tenant: Tenant, headers: Mapping[bytes, bytes], id_: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        tenant: Tenant,
+        headers: Mapping[bytes, bytes],
+        given_id: str | None,
+        forward: tuple[tuple[bytes, bytes], ...],
+    ) -> None:
         self.endpoint = endpoint
         self.tenant = tenant
-        self.id = id_
+        self.given_id = given_id
+        self.forward = forward
+        self.lines = header_lines(forward) + b"accept-encoding: identity\r\nx-request-id: "
         self.wishes = NO_WISHES if _OURS.isdisjoint(headers) else _wishes(headers)
 
 
@@ -72,24 +80,14 @@ def _wishes(headers: Mapping[bytes, bytes]) -> Wishes:
     )
 
 
-class RequestIds:
-    """Ids for requests that bring none: random per process, then counted. Unique, not secret."""
-
-    __slots__ = ("_count", "_prefix")
-
-    def __init__(self) -> None:
-        self._prefix = secrets.token_hex(10)
-        self._count = 0
-
-    def of(self, headers: Mapping[bytes, bytes]) -> str:
-        """The client's X-Request-Id, or a new one. Raises BadRequest for one that cannot be echoed."""
-        given = headers.get(b"x-request-id")
-        if given is None:
-            self._count += 1
-            return f"{self._prefix}{self._count:012x}"
-        if not SAFE_VALUE.fullmatch(given):
-            raise _bad_header(b"x-request-id", "1 to 128 visible ASCII characters")
-        return given.decode("ascii")
+def given_id(headers: Mapping[bytes, bytes]) -> str | None:
+    """The client's X-Request-Id, if it sent one. Raises BadRequest for one that cannot be echoed."""
+    given = headers.get(b"x-request-id")
+    if given is None:
+        return None
+    if not SAFE_VALUE.fullmatch(given):
+        raise _bad_header(b"x-request-id", "1 to 128 visible ASCII characters")
+    return given.decode("ascii")
 
 
 class Intake:
@@ -109,7 +107,7 @@ class Intake:
         self._aliases = {alias: rule.name for rule in settings.models for alias in rule.aliases}
         self.rules: Mapping[str, ModelRule] = {rule.name: rule for rule in settings.models}
 
-    def head(self, endpoint: Endpoint, inbound: InboundRequest, id_: str) -> Head:
+    def head(self, endpoint: Endpoint, inbound: InboundRequest, id_: str | None) -> Head:
         """Judge a head. Raises Unauthenticated, BadRequest or ClientError."""
         headers = inbound.headers
         tenant = self._auth.identify(headers)
@@ -118,9 +116,9 @@ class Intake:
             raise ClientError(
                 "a body with a Content-Encoding is not taken here", status=415, code="unsupported_encoding"
             )
-        return Head(endpoint, tenant, headers, id_)
+        return Head(endpoint, tenant, headers, id_, self._forward(headers))
 
-    def understand(self, inbound: InboundRequest) -> InferenceRequest:
+    def understand(self, inbound: InboundRequest, id_: str) -> InferenceRequest:
         """The request that a head and a body make. Raises BadRequest, Forbidden."""
         head: Head = inbound.context
         endpoint, body = head.endpoint, inbound.body
@@ -147,10 +145,9 @@ class Intake:
             if parsed is not None:
                 body = json_splice.replace_member(body, "model", model)
         self._auth.permit_model(head.tenant, model)
-        forward = self._forward(inbound.headers)
         usage_body, wants_usage = self._usage(endpoint, stream, parsed, body)
         request = InferenceRequest(
-            id=head.id,
+            id=id_,
             endpoint=endpoint,
             target=inbound.target,
             query=inbound.target.partition(b"?")[2],
@@ -164,8 +161,8 @@ class Intake:
             deadline_s=inbound.received_s + min(self._total_s, head.wishes.timeout_s or self._total_s),
             wishes=head.wishes,
             is_exact=is_exact,
-            forward=forward,
-            head_lines=header_lines(forward) + b"x-request-id: %b\r\naccept-encoding: identity\r\n" % head.id.encode(),
+            forward=head.forward,
+            head_lines=b"%b%b\r\n" % (head.lines, id_.encode()),
             choices=_choices(parsed),
             wants_usage=wants_usage,
             http10=inbound.version == "1.0",

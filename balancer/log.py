@@ -28,8 +28,8 @@ class BufferedLines:
         self._lines: list[bytes] = []
         self._bytes = 0
         self._handle: asyncio.TimerHandle | None = None
-        self._second = -1
-        self._second_text = ""
+        self._millisecond = -1
+        self._text = ""
 
     def info(self, line: bytes) -> None:
         """Write soon."""
@@ -60,11 +60,12 @@ class BufferedLines:
         self.info(orjson.dumps(facts))
 
     def _timestamp(self, wall_s: float) -> str:
-        second = int(wall_s)
-        if second != self._second:
-            self._second = second
-            self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._second_text}.{int((wall_s - second) * 1e6):06d}Z"
+        millisecond = int(wall_s * 1000.0)
+        if millisecond != self._millisecond:
+            self._millisecond = millisecond
+            moment = datetime.fromtimestamp(millisecond / 1000.0, UTC)
+            self._text = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return self._text
 
     def flush(self) -> None:
         """Write everything collected so far."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import math
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from balancer.admin import Admin, CacheAdmin, Gate, Handler, Reply, json_body
+from balancer.admin import Admin, CacheAdmin, Handler, Reply, json_body
 from balancer.clock import Clock
 from balancer.core.node import NodeConfig
 from balancer.core.request import Dialect, NodeId
 from balancer.errors import BalancerError, ClientError, MethodNotAllowed, NotFound, TooLarge
 from balancer.explain import Ring
+from balancer.gate import Gate
 from balancer.health_feed import MAX_BYTES, HealthFeed
 from balancer.log import get_logger
 from balancer.metrics import Metrics
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# A caller whose body does not come would hold its handler for ever.
-CALL_S = 30.0
 # What still runs when the port closes gets this long.
 CLOSE_S = 1.0
 # How soon to ask again when not ready: a health check's interval.
@@ -118,14 +116,11 @@ class OpsServer:
             request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
         ) -> web.StreamResponse:
             try:
-                async with asyncio.timeout(CALL_S):
-                    return await handler(request)
+                return await handler(request)
             except BalancerError as error:
                 return _refusal(error)
             except web.HTTPException as error:
                 return _refusal(_of_aiohttp(error))
-            except TimeoutError:
-                return _refusal(ClientError("the request took too long", status=408, code="request_timeout"))
             except Exception:
                 log.exception("call.crashed", method=request.method, path=request.path)
                 return _refusal(BalancerError("an internal error; the log says more"))

@@ -9,7 +9,7 @@ from balancer.core.request import InferenceRequest
 from balancer.errors import BalancerError
 from balancer.explain import Call
 from balancer.wire.answer import Answer
-from balancer.wire.framing import DateHeader, header_lines, status_line
+from balancer.wire.framing import DateHeader, status_line
 from balancer.wire.inbound import InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
 
@@ -41,7 +41,7 @@ class ClientStream:
         """A complete answer, in one write."""
         body = answer.take_held()
         self.call.status = answer.status
-        head = self._head(answer.status, header_lines(answer.headers), b"content-length: %d\r\n" % len(body))
+        head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % len(body))
         self._inbound.send(head, body)
 
     def begin(self, answer: Answer) -> None:
@@ -53,15 +53,15 @@ class ClientStream:
         self._inbound.flow = answer
         if not self._sse and answer.length is not None:
             self._chunked = False
-            head = self._head(answer.status, header_lines(answer.headers), b"content-length: %d\r\n" % answer.length)
+            head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % answer.length)
             self._inbound.send(head, held)
             return
         if self._request.http10:
             self._chunked = False
             self._inbound.keep_alive = False
-            self._inbound.send(self._head(answer.status, header_lines(answer.headers), b""), held)
+            self._inbound.send(self._head(answer.status, _lines(answer), b""), held)
             return
-        head = self._head(answer.status, header_lines(answer.headers), b"transfer-encoding: chunked\r\n")
+        head = self._head(answer.status, _lines(answer), b"transfer-encoding: chunked\r\n")
         if held:
             self._inbound.begin_and_chunk(head, held)
         else:
@@ -116,6 +116,10 @@ class ClientStream:
             call.cache.encode(),
             keep,
         )
+
+
+def _lines(answer: Answer) -> bytes:
+    return answer.head.lines if answer.head is not None else b""
 
 
 def note_tokens(call: Call, answer: Answer) -> None:

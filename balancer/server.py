@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from balancer.clock import Clock
 from balancer.core.request import Dialect, Endpoint
 from balancer.errors import BalancerError, Draining, MethodNotAllowed, NotFound
 from balancer.explain import Call
-from balancer.intake import Head, Intake, RequestIds
+from balancer.intake import Head, Intake, given_id
 from balancer.log import get_logger
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
@@ -82,7 +83,9 @@ class DataPort:
         self._clock = clock
         self._date = date
         self._origins = origins
-        self._ids = RequestIds()
+        self._id_prefix = secrets.token_hex(10)  # of ids for requests that bring none: unique, not secret
+        self._id_count = 0
+        self.revision = 0  # of what heads are judged by; a reload changes it
         self._server: asyncio.Server | None = None
         self._connections: set[InboundConnection] = set()
         self.buffered = Buffered(limits.buffered_bytes)
@@ -149,14 +152,14 @@ class DataPort:
                 endpoint = _HEALTH
             else:
                 raise NotFound("there is no such path here")
-        id_ = self._ids.of(request.headers)
+        id_ = given_id(request.headers)
         if request.method == b"OPTIONS" and self._origins and request.headers.get(b"origin") in self._origins:
-            request.context = _Preflight(id_, allow)
+            request.context = _Preflight(allow)
             return
         if request.method.decode() not in allow:
             raise MethodNotAllowed(f"{request.method.decode()} is not for this path", allow=allow)
         if endpoint is _HEALTH:
-            request.context = _Local(id_, endpoint)
+            request.context = _Local(endpoint)
             return
         if self.closing:
             raise Draining("this balancer is shutting down", retry_after_s=1.0)
@@ -170,17 +173,17 @@ class DataPort:
         if not isinstance(head, Head) or head.endpoint is _MODELS:
             self._serve_local(request)
             return
-        call = Call(head.id, head.endpoint.name, request.received_s)
+        call = Call(head.given_id or self._next_id(), head.endpoint.name, request.received_s)
         call.tenant = head.tenant.id
         try:
             if self.closing:
                 raise Draining("this balancer is shutting down", retry_after_s=1.0)
-            inference = self._intake.understand(request)
+            inference = self._intake.understand(request, call.id)
             call.model, call.stream = inference.model, inference.stream
             await self._proxy.handle(inference, request, call)
         except BalancerError as error:
             call.failed(error)
-            request.send(self.refuse(request, error), b"")
+            request.send(self._error(request, error, call.id), b"")
         except asyncio.CancelledError:
             if request.left:
                 call.status = call.status or CLIENT_LEFT
@@ -188,45 +191,36 @@ class DataPort:
             elif not self.closing:
                 raise
         except Exception:
-            log.exception("request.crashed", request_id=head.id)
+            log.exception("request.crashed", request_id=call.id)
             call.failed(BalancerError("internal"))
-            self._crashed(request)
+            self._crashed(request, call.id)
         finally:
             self._journal.close(call)
             request.connection.finished(request)
 
+    def _next_id(self) -> str:
+        self._id_count += 1
+        return f"{self._id_prefix}{self._id_count:012x}"
+
     def _serve_local(self, request: InboundRequest) -> None:
+        id_ = _echoed(request) or self._next_id()
         try:
-            request.send(*self._local(request))
+            request.send(*self._local(request, id_))
         except BalancerError as error:
-            request.send(self.refuse(request, error), b"")
+            request.send(self._error(request, error, id_), b"")
         finally:
             request.connection.finished(request)
 
     def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
-        """The whole answer to a request that ends with an error before anything of an answer is out."""
-        context = request.context
-        dialect = Dialect.PLAIN
-        if isinstance(context, Head):
-            dialect = context.endpoint.dialect
-            id_ = context.id
-        else:
-            given = request.headers.get(b"x-request-id", b"")
-            id_ = given.decode("ascii") if SAFE_VALUE.fullmatch(given) else ""
-            call = Call(id_, "other", request.received_s)
-            call.failed(error)
-            self._journal.close(call)
-        body = error_body(error, dialect)
-        lines = retry_after(error)
-        if isinstance(error, MethodNotAllowed):
-            lines += b"allow: %b\r\n" % error.allow.encode()
-        if error.status == 401:
-            lines += b"www-authenticate: Bearer\r\n"
-        return self._head(request, error.status, lines, body, id_) + (b"" if request.method == b"HEAD" else body)
+        """The whole answer to a request that ends before `serve`; it is counted here."""
+        call = Call(_echoed(request) or self._next_id(), "other", request.received_s)
+        call.failed(error)
+        self._journal.close(call)
+        return self._error(request, error, call.id)
 
     # -- inside
 
-    def _local(self, request: InboundRequest) -> tuple[bytes, bytes]:
+    def _local(self, request: InboundRequest, id_: str) -> tuple[bytes, bytes]:
         """What is answered here: health, the merged model list, preflights."""
         context = request.context
         if isinstance(context, _Preflight):
@@ -237,8 +231,19 @@ class DataPort:
                 status, body = 503, b'{"status":"draining"}'
         else:
             body = orjson.dumps(self._models(request.target.partition(b"?")[0], context))
-        head = self._head(request, status, b"", body, context.id)
+        head = self._head(request, status, b"", body, id_)
         return head, b"" if request.method == b"HEAD" else body
+
+    def _error(self, request: InboundRequest, error: BalancerError, id_: str) -> bytes:
+        context = request.context
+        dialect = context.endpoint.dialect if isinstance(context, Head) else Dialect.PLAIN
+        body = error_body(error, dialect)
+        lines = retry_after(error)
+        if isinstance(error, MethodNotAllowed):
+            lines += b"allow: %b\r\n" % error.allow.encode()
+        if error.status == 401:
+            lines += b"www-authenticate: Bearer\r\n"
+        return self._head(request, error.status, lines, body, id_) + (b"" if request.method == b"HEAD" else body)
 
     def _models(self, path: bytes, head: Head) -> dict[str, Any]:
         permitted = head.tenant.models
@@ -262,13 +267,12 @@ class DataPort:
         raise NotFound(f"no node serves the model {wanted}", code="unknown_model", param="model")
 
     def _head(self, request: InboundRequest, status: int, lines: bytes, body: bytes, id_: str) -> bytes:
-        echoed = b"x-request-id: %b\r\n" % id_.encode() if id_ else b""
         keep = b"" if request.keep_alive else b"connection: close\r\n"
-        return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\n%b%b%b%b\r\n" % (
+        return b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b%b%b\r\n" % (
             status_line(status),
             self._date.line(self._clock.wall()),
             len(body),
-            echoed,
+            id_.encode(),
             lines,
             self._cors(request),
             keep,
@@ -291,31 +295,36 @@ class DataPort:
             )
         )
 
-    def _crashed(self, request: InboundRequest) -> None:
+    def _crashed(self, request: InboundRequest, id_: str) -> None:
         if request.responded:
             request.cut()
         else:
-            request.send(self.refuse(request, BalancerError("an internal error; the log has the request's id")), b"")
+            error = BalancerError("an internal error; the log has the request's id")
+            request.send(self._error(request, error, id_), b"")
 
 
 class _Local:
     """A request that is answered here and needs no key."""
 
-    __slots__ = ("endpoint", "id")
+    __slots__ = ("endpoint",)
 
-    def __init__(self, id_: str, endpoint: Endpoint) -> None:
-        self.id = id_
+    def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
 
 
 class _Preflight:
     """A CORS preflight from an allowed origin."""
 
-    __slots__ = ("allow", "id")
+    __slots__ = ("allow",)
 
-    def __init__(self, id_: str, allow: str) -> None:
-        self.id = id_
+    def __init__(self, allow: str) -> None:
         self.allow = allow
+
+
+def _echoed(request: InboundRequest) -> str | None:
+    """The client's request id, where it can be echoed."""
+    given = request.headers.get(b"x-request-id", b"")
+    return given.decode("ascii") if SAFE_VALUE.fullmatch(given) else None
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -12,12 +12,7 @@ from pydantic import ConfigDict, Field
 from node_agent.clock import Clock
 from node_agent.engine_facts import detect, facts
 from node_agent.engine_http import Answer, EngineHttp, Refused, Silent
-from node_agent.engine_sample import (
-    EngineSample,
-    from_metrics,
-    with_llamacpp_slots,
-    with_sglang_loads,
-)
+from node_agent.engine_sample import EngineSample, from_metrics, with_llamacpp_slots, with_sglang_loads
 from node_agent.engine_spec import EngineSpec
 from node_agent.engine_state import EngineState, Health, Visit
 from node_agent.exposition import parse
@@ -49,6 +44,18 @@ class ScrapePolicy:
 def rest_s(took_s: float) -> float:
     """Return how long to leave a metrics page alone that took so long to read."""
     return min(MAX_REST_S, took_s * SLOW_REST)
+
+
+def page_urls(spec: EngineSpec, kind: str | None) -> tuple[str, ...]:
+    """Return where an engine of that kind has its metrics page, the likeliest place first."""
+    if spec.metrics:
+        return (spec.metrics,)
+    if kind is None:
+        return ("/metrics", SIGNALS["trtllm"].metrics_path)
+    if kind == "triton":
+        return (f"{_with_port(spec.url, TRITON_METRICS_PORT)}/metrics", "/metrics")
+    path = SIGNALS[kind].metrics_path
+    return (path,) if path else ()
 
 
 class EngineVisitor:
@@ -95,7 +102,7 @@ class EngineVisitor:
     async def _page(self, kind: str | None) -> Answer | None:
         """Read the metrics page; None if there is none, or it does not come."""
         begun, page = self._clock.now(), None
-        for url in (self._page_url,) if self._page_url else self._page_urls(kind):
+        for url in (self._page_url,) if self._page_url else page_urls(self._spec, kind):
             page = await self._good_answer(url)
             self._page_url = url if page is not None else None
             if page is not None:
@@ -110,16 +117,6 @@ class EngineVisitor:
         except (Refused, Silent):
             return None
         return answer if answer.is_good else None
-
-    def _page_urls(self, kind: str | None) -> tuple[str, ...]:
-        if self._spec.metrics:
-            return (self._spec.metrics,)
-        if kind is None:
-            return ("/metrics", SIGNALS["trtllm"].metrics_path)
-        if kind == "triton":
-            return (_with_port(self._spec.url, TRITON_METRICS_PORT) + "/metrics", "/metrics")
-        path = SIGNALS[kind].metrics_path
-        return (path,) if path else ()
 
     def _read_page(self, visit: Visit, page: Answer | None) -> Visit:
         if page is None:

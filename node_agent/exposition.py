@@ -32,8 +32,10 @@ def parse(text: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[
     """Return the series of each wanted name. A line that cannot be read, or is NaN, is as if it were not there."""
     families: dict[str, list[Series]] = {}
     for line in text.split("\n"):
+        if line.startswith("#") or not wanted(line.partition("{")[0].partition(" ")[0]):
+            continue  # most lines end here, before the dear part
         match = _LINE.match(line)
-        if match is None or not wanted(match[1]):
+        if match is None:
             continue
         try:
             value = float(match[3])

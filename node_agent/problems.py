@@ -34,6 +34,8 @@ ENGINE_ERROR = "engine_error"  # the engine answers its health check with an err
 # A node with one of these cannot serve: `healthy` is false. The others ask for less work, or for a drain.
 OUT = frozenset({XID_FATAL, GPU_LOST, ROW_REMAP_FAILED, ENGINE_UNREACHABLE, ENGINE_WEDGED, ENGINE_ERROR})
 
+ENGINE_PROBLEMS = frozenset({ENGINE_UNREACHABLE, ENGINE_WEDGED, ENGINE_ERROR})
+
 # How long an Xid stays in `xid_recent`, and a fatal one is held against the GPU where the driver gives no advice of
 # its own: long enough for an operator to see it.
 XID_RECENT_S = 3600.0

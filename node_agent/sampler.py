@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from node_agent.derive import Histories, Identity, host_report
 from node_agent.engine import EngineWatch
 from node_agent.gpu_report import EngineView
 from node_agent.gpu_watch import GpuView
+from node_agent.problems import ENGINE_PROBLEMS
 from node_agent.report import HostReport
 
 log = structlog.get_logger()
@@ -133,12 +135,17 @@ def _view(engine: EngineWatch) -> EngineView:
 
 
 def _log_problems(before: HostReport | None, after: HostReport) -> None:
-    """One line for each node and GPU whose problems changed."""
-    had = {("node", node.id): node.problems for node in before.nodes} if before else {}
-    had |= {("gpu", gpu.uuid or str(gpu.index)): gpu.problems for gpu in before.gpus} if before else {}
-    has = {("node", node.id): node.problems for node in after.nodes}
-    has |= {("gpu", gpu.uuid or str(gpu.index)): gpu.problems for gpu in after.gpus}
-    for (what, name), problems in has.items():
-        if problems != had.get((what, name), ()):
-            level = log.warning if problems else log.info
-            level(f"{what}.problems_changed", **{what: name}, problems=list(problems))
+    """One line for each GPU, and each node that lacks one, whose problems changed; EngineWatch logs its own."""
+    had, has = _by_source(before) if before else {}, _by_source(after)
+    for source, problems in has.items():
+        if problems != had.get(source, ()):
+            event = "gpu.problems_changed" if source[0] == "gpu" else "node.problems_changed"
+            level = logging.WARNING if problems else logging.INFO
+            log.log(level, event, **{source[0]: source[1]}, problems=list(problems))
+
+
+def _by_source(report: HostReport) -> dict[tuple[str, str], tuple[str, ...]]:
+    gpus = {("gpu", gpu.uuid or str(gpu.index)): gpu.problems for gpu in report.gpus}
+    told = {code for problems in gpus.values() for code in problems} | ENGINE_PROBLEMS
+    nodes = {("node", one.id): tuple(code for code in one.problems if code not in told) for one in report.nodes}
+    return {**gpus, **nodes}

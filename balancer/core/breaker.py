@@ -75,6 +75,7 @@ class Breaker:
         "_opened_s",
         "_permit",
         "_policy",
+        "_probe",
         "_probe_at_s",
         "_probe_lease_s",
         "_rng",
@@ -89,6 +90,7 @@ class Breaker:
         self._rng = rng
         self._generation = 0
         self._permit = Permit(0)
+        self._probe: Permit | None = None  # the one that holds the lease
         self._consecutive = 0
         self._window: deque[list[float]] = deque()  # [second, successes, failures]
         self._open_for_s = policy.open_s
@@ -131,7 +133,8 @@ class Breaker:
             change = HalfOpened()
         self._probe_at_s = now
         self._probe_lease_s = now + PROBE_LEASE_S
-        return Permit(self._generation, probe=True), change
+        self._probe = Permit(self._generation, probe=True)
+        return self._probe, change
 
     def unguarded(self) -> Permit:
         """A permit outside the breaker's say, for panic: its result counts only while the breaker is closed."""
@@ -153,10 +156,12 @@ class Breaker:
         return self._open(now, reason) if reason else None
 
     def release(self, permit: Permit) -> None:
-        """Give a permit back without a result: nobody learned anything about the node."""
-        if permit.probe and permit.generation == self._generation:
+        """Give a permit back without a result: nobody learned anything about the node.
+
+        The next probe still waits for its second. A probe that outlived its lease frees nothing: another holds it.
+        """
+        if permit is self._probe:
             self._probe_lease_s = float("-inf")
-            self._probe_at_s = float("-inf")
 
     def nudge(self) -> bool:
         """Other evidence turned good: end the open time early. True when that granted a probe."""
@@ -192,7 +197,7 @@ class Breaker:
             self._open_for_s = min(self._policy.max_open_s, self._open_for_s * 2.0)
         else:
             self._open_for_s = self._policy.open_s
-        for_s = self._open_for_s * self._rng.uniform(0.9, 1.1)
+        for_s = min(self._policy.max_open_s, self._open_for_s * self._rng.uniform(0.9, 1.1))
         self._opened_s = now
         self._open_until_s = now + for_s
         self._probe_lease_s = self._probe_at_s = float("-inf")
@@ -213,3 +218,4 @@ class Breaker:
     def _next_generation(self) -> None:
         self._generation += 1
         self._permit = Permit(self._generation)
+        self._probe = None

@@ -15,22 +15,10 @@ from pydantic import Field
 from balancer.errors import BadRequest
 
 # Out at once: the GPU or the engine cannot give a right answer. (NVIDIA's XID catalogue; contract, `problems`.)
-OUT_PROBLEMS = frozenset({"xid_fatal", "gpu_lost", "row_remap_failed", "engine_unreachable", "engine_wedged"})
-# Works, but slower or at risk: costs weight.
-DEGRADED_PROBLEMS = frozenset(
-    {
-        "ecc_uncorrected",
-        "row_remap_pending",
-        "thermal_throttle",
-        "power_brake",
-        "clock_low",
-        "pcie_degraded",
-        "memory_pressure",
-        "foreign_memory",
-        "engine_error",
-    }
+OUT_PROBLEMS = frozenset(
+    {"xid_fatal", "gpu_lost", "row_remap_failed", "engine_unreachable", "engine_wedged", "engine_error"}
 )
-# A degraded node keeps half of its weight.
+# A node with any other problem works, but slower or at risk: it keeps half of its weight.
 DEGRADED_WEIGHT = 0.5
 
 
@@ -131,36 +119,31 @@ def parse_report(data: object) -> HostReport:
     """Read a HostReport; unknown fields are ignored. Raises BadRequest for a wrong version or a wrong type."""
     if not isinstance(data, Mapping) or data.get("version") != 1:
         raise BadRequest("not a HostReport of version 1")
-    nodes = data.get("nodes") or []
-    if not isinstance(nodes, list) or not all(isinstance(node, Mapping) for node in nodes):
-        raise BadRequest("nodes: must be a list of objects", param="nodes")
     return HostReport(
-        host=str(data.get("host") or ""),
-        boot_id=str(data.get("boot_id") or ""),
+        host=_text(data, "host") or "",
+        boot_id=_text(data, "boot_id") or "",
         seq=int(_number(data, "seq") or 0),
         age_s=max(0.0, _number(data, "age_s") or 0.0),
         interval_s=_number(data, "interval_s") or 1.0,
-        drain=data.get("drain") is True,
-        simulated=data.get("simulated") is True,
-        nodes=tuple(_parse_node(node) for node in nodes),
-        gpus=tuple(gpu for gpu in data.get("gpus") or [] if isinstance(gpu, Mapping)),
+        drain=_flag(data, "drain") is True,
+        simulated=_flag(data, "simulated") is True,
+        nodes=tuple(_parse_node(node) for node in _items(data, "nodes", Mapping) or ()),
+        gpus=tuple(_items(data, "gpus", Mapping) or ()),
     )
 
 
 def _parse_node(node: Mapping[str, Any]) -> NodeReport:
     numbers: dict[str, float | None] = {name: _number(node, name) for name in _NUMBERS}
-    models = node.get("models")
+    models = _items(node, "models", Mapping)
     return NodeReport(
-        id=str(node.get("id") or ""),
-        url=str(node.get("url") or ""),
+        id=_text(node, "id") or "",
+        url=_text(node, "url") or "",
         engine=_text(node, "engine"),
         engine_boot_id=_text(node, "engine_boot_id"),
-        models=tuple(str(m["id"]) for m in models if isinstance(m, Mapping) and "id" in m)
-        if isinstance(models, list)
-        else None,
-        healthy=node.get("healthy") if isinstance(node.get("healthy"), bool) else None,
-        wedged=node.get("wedged") if isinstance(node.get("wedged"), bool) else None,
-        problems=tuple(str(problem) for problem in node.get("problems") or []),
+        models=None if models is None else tuple(id_ for model in models if (id_ := _text(model, "id"))),
+        healthy=_flag(node, "healthy"),
+        wedged=_flag(node, "wedged"),
+        problems=tuple(_items(node, "problems", str) or ()),
         raw=node,
         **numbers,
     )
@@ -177,7 +160,23 @@ def _number(data: Mapping[str, Any], name: str) -> float | None:
 
 def _text(data: Mapping[str, Any], name: str) -> str | None:
     value = data.get(name)
-    return value if isinstance(value, str) else None
+    if value is None or isinstance(value, str):
+        return value
+    raise BadRequest(f"{name}: must be a string", param=name)
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool | None:
+    value = data.get(name)
+    if value is None or isinstance(value, bool):
+        return value
+    raise BadRequest(f"{name}: must be true or false", param=name)
+
+
+def _items(data: Mapping[str, Any], name: str, kind: type) -> list[Any] | None:
+    value = data.get(name)
+    if value is None or (isinstance(value, list) and all(isinstance(item, kind) for item in value)):
+        return value
+    raise BadRequest(f"{name}: must be a list of {'strings' if kind is str else 'objects'}", param=name)
 
 
 def assess(report: NodeReport, previous: HealthState, policy: HealthPolicy, now: float) -> HealthState:
@@ -201,7 +200,7 @@ def _judge(report: NodeReport) -> tuple[Verdict, tuple[str, ...]]:
     out = tuple(problem for problem in report.problems if problem in OUT_PROBLEMS)
     if out:
         return Verdict.OUT, out
-    if report.healthy is False and not any(problem in DEGRADED_PROBLEMS for problem in report.problems):
+    if report.healthy is False:  # the agent's own sum, for reasons that may be newer than we are
         return Verdict.OUT, report.problems or ("unhealthy",)
     if report.problems:
         return Verdict.DEGRADED, report.problems

@@ -45,7 +45,7 @@ class RetryBudget:
         second = float(int(now))
         if buckets and buckets[-1][0] == second:
             return buckets[-1]
-        while buckets and buckets[0][0] <= now - WINDOW_S:
+        while buckets and buckets[0][0] <= now - WINDOW_S - 1.0:  # what came at the end of its second counts in full
             _, successes, spent = buckets.popleft()
             self._successes -= successes
             self._spent -= spent

@@ -322,7 +322,7 @@ class RedisStore:
         else:
             return  # not in use yet, or not any more
         # A server may close an idle connection without anything being wrong, but not a new one.
-        if waited_for or reason in USELESS or self._clock.now() - link.since_s < self._least_probe_s:
+        if waited_for or reason != "lost" or self._clock.now() - link.since_s < self._least_probe_s:
             self._count_failure(reason)
         self._broken.set()
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import orjson
 
-from balancer.core.outcome import Outcome, of_status
-from balancer.wire.framing import connection_tokens, media_type
+from balancer.core.outcome import Outcome
+from balancer.wire.heads import AnswerHead
 from balancer.wire.sse import MESSAGE_CHARS, StreamScanner, Usage, usage_of
 from balancer.wire.timers import TimerWheel, Watched
 
@@ -24,28 +24,9 @@ ERROR_BYTES = 64 * 1024
 # After its good end a stream's framing has this long to end as well.
 END_S = 1.0
 
-# What to do with a node's header, by its name. `openai-*` and `x-*` go to clients by prefix, unless they are ours
-# (contract, "Bodies and headers").
-_IGNORED, _RETURNED, _READ = 1, 2, 3
-_ROLES = {
-    b"content-type": _RETURNED,
-    b"cache-control": _RETURNED,
-    b"content-disposition": _RETURNED,
-    b"content-encoding": _READ,
-    b"retry-after": _READ,
-    b"connection": _READ,
-    b"content-length": _IGNORED,
-    b"transfer-encoding": _IGNORED,
-    b"date": _IGNORED,
-    b"server": _IGNORED,
-}
-_OURS = (b"x-balancer-", b"x-ratelimit-", b"x-request-id")
 
-
-def _role(name: bytes, returned: frozenset[bytes]) -> int:
-    if name in returned or (name.startswith((b"x-", b"openai-")) and not name.startswith(_OURS)):
-        return _RETURNED
-    return _IGNORED
+# How a body is treated.
+_NONE, _SSE, _JSON, _RAW, _ERROR = 0, 1, 2, 3, 4
 
 
 class Sink(Protocol):
@@ -114,18 +95,14 @@ class Answer:
         "ended",
         "first_byte_s",
         "first_token_s",
-        "headers",
+        "head",
         "last_byte_s",
         "length",
         "message",
         "outcome",
-        "parsed",
-        "retry_after",
         "sent_s",
-        "status",
+        "usage",
     )
-
-    _SSE, _JSON, _RAW, _ERROR, _NONE = "sse", "json", "raw", "error", "none"
 
     def __init__(
         self,
@@ -152,15 +129,13 @@ class Answer:
         self._sink: Sink | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._kind = Answer._NONE
+        self._kind = _NONE
         self._paused = False
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.head: AnswerHead | None = None
         self.length: int | None = None
-        self.retry_after: bytes | None = None
+        self.usage: Usage | None = None  # tokens as the node counted them, once it said so
         self.outcome: Outcome | None = None  # set when the answer is over, well or badly
         self.message: str | None = None
-        self.parsed: Any = None
         self.committed = False
         self.ended = False
         self.sent_s = 0.0
@@ -180,7 +155,7 @@ class Answer:
     @property
     def is_stream(self) -> bool:
         """Server-sent events."""
-        return self._kind is Answer._SSE
+        return self._kind is _SSE
 
     @property
     def events(self) -> int:
@@ -188,11 +163,14 @@ class Answer:
         return self._scanner.events if self._scanner is not None and self.is_stream else 0
 
     @property
-    def usage(self) -> Usage | None:
-        """Tokens as the node counted them, once it said so."""
-        if self.is_stream and self._scanner is not None:
-            return self._scanner.usage
-        return usage_of(self.parsed)
+    def status(self) -> int:
+        """The node's status; 0 before its head came."""
+        return self.head.status if self.head is not None else 0
+
+    @property
+    def return_headers(self) -> frozenset[bytes]:
+        """Further headers that go to clients."""
+        return self._limits.return_headers
 
     @property
     def withheld(self) -> list[bytes]:
@@ -216,7 +194,7 @@ class Answer:
 
     def peek(self) -> bytes:
         """What is held back, without taking it."""
-        return b"".join(self._held)
+        return self._held[0] if len(self._held) == 1 else b"".join(self._held)
 
     def relay_to(self, sink: Sink) -> None:
         """From now on hand every read to `sink` at once."""
@@ -254,48 +232,29 @@ class Answer:
         self.due_s = self._deadline_s if wait_s is None else min(now + wait_s, self._deadline_s)
         self._wheel.watch(self)
 
-    def on_head(self, status: int, headers: list[tuple[bytes, bytes]], length: int | None) -> None:
+    def on_head(self, head: AnswerHead, length: int | None) -> None:
         """The final head (1xx are dropped below). Decides how the body is treated."""
         self.first_byte_s = self.last_byte_s = self._clock.now()
-        self.status = status
+        self.head = head
         self.length = length
-        kind = b""
-        dropped: frozenset[bytes] = frozenset()
-        returned = []
-        for pair in headers:
-            name, value = pair
-            role = _ROLES.get(name) or _role(name, self._limits.return_headers)
-            if role == _IGNORED:
-                continue
-            if role == _RETURNED:
-                returned.append(pair)
-                if name == b"content-type":
-                    kind = media_type(value)
-            elif name == b"content-encoding":
-                if value.strip().lower() not in (b"identity", b""):
-                    self._fail(Outcome.BAD_ENCODING)
-                    return
-            elif name == b"retry-after":
-                self.retry_after = value
-            else:
-                dropped = connection_tokens(value)
-        self.headers = [pair for pair in returned if pair[0] not in dropped] if dropped else returned
-        verdict = of_status(status)
-        if verdict is not Outcome.OK:
-            self._kind = Answer._ERROR
+        kind = head.media_type
+        if head.encoded:
+            self._fail(Outcome.BAD_ENCODING)
+        elif head.verdict is not Outcome.OK:
+            self._kind = _ERROR
         elif kind == b"text/event-stream" and self._scanner is not None:
-            self._kind = Answer._SSE
+            self._kind = _SSE
             self._due_sooner(self.first_byte_s + self._limits.commit_s)
         elif self._json_only or kind == b"application/json" or kind.endswith(b"+json"):
-            self._kind = Answer._JSON  # whatever it calls itself: it has to parse
+            self._kind = _JSON  # whatever it calls itself: it has to parse
         else:
-            self._kind = Answer._RAW
+            self._kind = _RAW
 
     def on_data(self, data: bytes) -> None:
         """One read's worth of body."""
         now = self.last_byte_s = self._clock.now()
         if self._sink is not None:  # committed: the hot path of every stream
-            if self._kind is Answer._SSE:
+            if self._kind is _SSE:
                 self._relay_events(data, now)
             else:
                 self._sink.write(data)
@@ -303,26 +262,27 @@ class Answer:
             if self.due_s > self._deadline_s:
                 self.due_s = self._deadline_s
             return
-        if self._kind is Answer._SSE:
+        if self._kind is _SSE:
             self._hold_events(data, now)
             return
         self._held.append(data)
         self._held_bytes += len(data)
-        if self._kind is Answer._RAW or (self._kind is Answer._JSON and self._held_bytes > self._limits.check_bytes):
+        if self._kind is _RAW or (self._kind is _JSON and self._held_bytes > self._limits.check_bytes):
             self._commit(now)
-        elif self._kind is Answer._ERROR and self._held_bytes > ERROR_BYTES:
-            self._fail(of_status(self.status))
+        elif self._kind is _ERROR and self._held_bytes > ERROR_BYTES:
+            self._fail(self._verdict)
 
     def on_end(self) -> None:
         """The body is complete, as far as its framing says."""
         self._connection = None  # it belongs to its pool again
-        if self._kind is Answer._ERROR:
-            self._over(of_status(self.status))
-        elif self._kind is Answer._SSE:
+        if self._kind is _ERROR:
+            self._over(self._verdict)
+        elif self._kind is _SSE:
             assert self._scanner is not None
             self._over(self._scanner.closed())
+            self.usage = self._scanner.usage
             self.message = self.message or self._scanner.message
-        elif self._kind is Answer._JSON and not self.committed:
+        elif self._kind is _JSON and not self.committed:
             self._over(self._check_json())
         else:
             self._over(Outcome.OK)
@@ -340,7 +300,7 @@ class Answer:
         elif self._paused:
             self.due_s = min(now + self._limits.idle_s, self._deadline_s)
             self._wheel.watch(self)
-        elif self._kind is Answer._SSE and not self.committed:
+        elif self._kind is _SSE and not self.committed:
             self._commit(now)
             self._wheel.watch(self)
         elif self.first_byte_s == 0.0:
@@ -385,19 +345,21 @@ class Answer:
 
     def _check_json(self) -> Outcome:
         """A good unary answer is a JSON object (or, where the endpoint allows, an array) without an error in it."""
-        body = self.take_held()
-        self._held = [body]
+        if len(self._held) > 1:
+            self._held = [b"".join(self._held)]
+        body = self._held[0] if self._held else b""
         if not body:
             return Outcome.EMPTY_BODY
         if len(body) > PARSE_BYTES:
             return Outcome.OK if body.rstrip()[-1:] in (b"}", b"]") else Outcome.BAD_BODY
         try:
-            self.parsed = parsed = orjson.loads(body)
+            parsed = orjson.loads(body)
         except orjson.JSONDecodeError:
             return Outcome.BAD_BODY
         if isinstance(parsed, dict):
             error = parsed.get("error")
             if error is None or "object" in parsed:
+                self.usage = usage_of(parsed)
                 return Outcome.OK
             message = error.get("message") if isinstance(error, dict) else error
             self.message = message[:MESSAGE_CHARS] if isinstance(message, str) else None
@@ -410,8 +372,13 @@ class Answer:
         self._wake()
 
     @property
+    def _verdict(self) -> Outcome:
+        assert self.head is not None
+        return self.head.verdict
+
+    @property
     def _at_good_end(self) -> bool:
-        return self._kind is Answer._SSE and self._scanner is not None and self._scanner.good_end
+        return self._kind is _SSE and self._scanner is not None and self._scanner.good_end
 
     def _due_sooner(self, due_s: float) -> None:
         self.due_s = min(due_s, self._deadline_s)

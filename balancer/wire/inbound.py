@@ -17,6 +17,7 @@ from pydantic import Field
 
 from balancer.errors import BadRequest, BalancerError, ClientError, QueueFull, TooLarge
 from balancer.wire.framing import CHUNK_END, CONTINUE, chunk
+from balancer.wire.heads import split
 from balancer.wire.timers import TimerWheel, Watched
 
 PIPELINE_BYTES = 64 * 1024
@@ -145,8 +146,26 @@ class Service(Protocol):
         """The whole answer to a request that ends before `serve`."""
 
     @property
+    def revision(self) -> int:
+        """Changes whenever `accept_head` might judge the same head differently."""
+
+    @property
     def closing(self) -> bool:
         """True while the port is shutting down: connections close after their answer."""
+
+
+class _Known:
+    """What a connection's last head said."""
+
+    __slots__ = ("context", "headers", "keep_alive", "method", "revision", "target")
+
+    def __init__(self, request: InboundRequest, revision: int) -> None:
+        self.method = request.method
+        self.target = request.target
+        self.headers = request.headers
+        self.context = request.context
+        self.keep_alive = request.keep_alive
+        self.revision = revision
 
 
 class InboundConnection(asyncio.Protocol):
@@ -162,8 +181,10 @@ class InboundConnection(asyncio.Protocol):
         "_connections",
         "_expects",
         "_head_bytes",
+        "_known",
         "_limits",
         "_loop",
+        "_memo_key",
         "_now",
         "_parser",
         "_paused_reading",
@@ -204,6 +225,8 @@ class InboundConnection(asyncio.Protocol):
         self._working: InboundRequest | None = None  # being answered
         self._task: asyncio.Task[None] | None = None
         self._ready: deque[InboundRequest | tuple[InboundRequest, BalancerError]] = deque()
+        self._memo_key: bytes | None = None  # of the head that came last
+        self._known: _Known | None = None  # what it said
         self._backlog = b""
         self._paused_reading = False
         self._body: list[bytes] = []
@@ -292,6 +315,8 @@ class InboundConnection(asyncio.Protocol):
                 self._paused_reading = True
                 self._transport.pause_reading()
             return
+        if self._receiving is None and self._take_known(data):
+            return
         self._feed(data)
 
     def eof_received(self) -> bool:
@@ -318,6 +343,36 @@ class InboundConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         if self._working is not None and self._working.flow is not None:
             self._working.flow.resume()
+
+    def _take_known(self, data: bytes) -> bool:
+        """Take a whole request whose head equals the connection's last one; False where it has to be parsed."""
+        message = split(data)
+        if message is None:
+            self._memo_key = None
+            return False
+        key, begin, size = message
+        known = self._known
+        if key != self._memo_key or known is None or known.revision != self._service.revision:
+            self._memo_key, self._known = key, None
+            return False
+        if size > self._limits.body_bytes:
+            return False
+        request = InboundRequest(self, self._now())
+        request.method = known.method
+        request.target = known.target
+        request.headers = known.headers
+        request.context = known.context
+        request.keep_alive = known.keep_alive
+        request.body = data[begin:]
+        request.buffered_bytes = size
+        self._buffered.bytes += size
+        self._start(request)
+        return True
+
+    def _remember(self, request: InboundRequest) -> None:
+        """A whole request came in one read: the next one's head may equal its."""
+        if request.version == "1.1" and request.keep_alive:
+            self._known = _Known(request, self._service.revision)
 
     # -- httptools
 
@@ -391,6 +446,8 @@ class InboundConnection(asyncio.Protocol):
             request.body = body[0] if len(body) == 1 else b"".join(body)
             self._body = []
         if self._working is None and not self._ready:
+            if self._memo_key is not None and self._known is None:
+                self._remember(request)
             self._start(request)
         else:
             self._ready.append(request)

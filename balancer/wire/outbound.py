@@ -12,6 +12,7 @@ import httptools
 
 from balancer.core.outcome import Outcome
 from balancer.wire.answer import Answer
+from balancer.wire.heads import AnswerHead, split
 
 # A node's head may be this large (promise 4).
 HEAD_BYTES = 64 * 1024
@@ -19,6 +20,8 @@ HEAD_BYTES = 64 * 1024
 IDLE_S = 4.0
 # Names are looked up again after this long, and whenever connecting failed.
 RESOLVE_S = 30.0
+# Heads remembered per node; a node has a handful, each with a Date that changes every second.
+KNOWN_HEADS = 16
 # Bodies over this are written apart from their head instead of being copied behind it.
 JOIN_BYTES = 64 * 1024
 
@@ -39,6 +42,7 @@ class NodeConnection(asyncio.Protocol):
         "_body_begun",
         "_delimited",
         "_headers",
+        "_memo_key",
         "_parser",
         "_pool",
         "_received",
@@ -55,6 +59,7 @@ class NodeConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._headers: list[tuple[bytes, bytes]] = []
+        self._memo_key: bytes | None = None  # of the head being parsed
         self._received = 0  # bytes before the final head was complete
         self._status = 0
         self._body_begun = False
@@ -99,10 +104,13 @@ class NodeConnection(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        if self._answer is None:
+        answer = self._answer
+        if answer is None:
             self.drop()  # nobody asked
             return
         if not self._body_begun:
+            if self._received == 0 and self._is_known(data, answer):
+                return
             self._received += len(data)
         try:
             self._parser.feed_data(data)
@@ -111,6 +119,24 @@ class NodeConnection(asyncio.Protocol):
         else:
             if not self._body_begun and self._answer is not None and self._received > HEAD_BYTES:
                 self._break(Outcome.BAD_FRAMING)
+
+    def _is_known(self, data: bytes, answer: Answer) -> bool:
+        """Take a whole answer whose head this node has sent before; False where it has to be parsed."""
+        message = split(data)
+        if message is None:
+            return False
+        key, begin, size = message
+        head = self._pool.known_heads.get(key)
+        if head is None:
+            self._memo_key = key
+            return False
+        self._received = len(data)
+        answer.on_head(head, size)
+        if self._answer is not None:
+            if size:
+                answer.on_data(data[begin:])
+            self._complete(answer, keep_alive=head.keep_alive)
+        return True
 
     def eof_received(self) -> bool:
         return False  # close our side as well; connection_lost follows
@@ -154,8 +180,12 @@ class NodeConnection(asyncio.Protocol):
             elif name == b"transfer-encoding":
                 chunked = True
         self._delimited = chunked or length is not None or status in (204, 304)
-        answer.on_head(status, self._headers, length)
+        head = AnswerHead(status, self._headers, answer.return_headers, keep_alive=self._parser.should_keep_alive())
+        if self._memo_key is not None:
+            self._pool.remember(self._memo_key, head)
+            self._memo_key = None
         self._headers = []
+        answer.on_head(head, length)
 
     def on_body(self, data: bytes) -> None:
         if self._answer is not None:
@@ -170,10 +200,12 @@ class NodeConnection(asyncio.Protocol):
                 self._break(Outcome.BAD_FRAMING)
             self._headers = []
             return
-        if self.closed:
-            return
+        if not self.closed:
+            self._complete(answer, keep_alive=self._parser.should_keep_alive())
+
+    def _complete(self, answer: Answer, *, keep_alive: bool) -> None:
         self._answer = None
-        if self._parser.should_keep_alive():
+        if keep_alive:
             self.reused = True
             self._pool.release(self)
         else:
@@ -203,6 +235,7 @@ class NodePool:
         "_tls",
         "host",
         "host_line",
+        "known_heads",
         "port",
         "prefix",
     )
@@ -225,6 +258,7 @@ class NodePool:
         self._max = max_connections
         self._now = now
         self._loop = asyncio.get_running_loop()
+        self.known_heads: dict[bytes, AnswerHead] = {}
         self._idle: deque[NodeConnection] = deque()
         self._open: set[NodeConnection] = set()
         self._addresses: list[str] = []
@@ -276,6 +310,12 @@ class NodePool:
         """Its exchange is over and it may serve another."""
         connection.idle_since_s = self._now()
         self._idle.append(connection)
+
+    def remember(self, key: bytes, head: AnswerHead) -> None:
+        """A head this node sent; with a Date in it, it serves for a second."""
+        if len(self.known_heads) >= KNOWN_HEADS:
+            self.known_heads.clear()
+        self.known_heads[key] = head
 
     def lost(self, connection: NodeConnection) -> None:
         """The connection is gone."""

@@ -9,7 +9,9 @@ from agent_fakes import FakeEngine, ManualClock, dead_url, fake_engine, golden, 
 
 from node_agent.engine_sample import Model
 from node_agent.engine_state import EngineState
-from node_agent.engine_visit import ScrapePolicy, rest_s
+from node_agent.engine_http import MAX_BYTES
+from node_agent.engine_spec import parse
+from node_agent.engine_visit import ScrapePolicy, page_urls, rest_s
 from node_agent.processes import EngineProcesses
 
 # For engines that never answer: how soon a question is given up does not matter then.
@@ -327,3 +329,47 @@ async def test_what_answers_no_http_is_refused(clock: ManualClock) -> None:
     async with server, watching(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", clock) as watch:
         await watch.begin_visit()
         assert (watch.state.health, watch.state.reachable) == ("refused", False)
+
+
+async def test_page_without_end_is_no_metrics_page(clock: ManualClock) -> None:
+    async with fake_engine() as engine:
+        engine.answer("/metrics", golden("vllm").encode() + b"#" * MAX_BYTES)
+        state = await visited(engine, clock, ",kind=vllm")
+    assert (state.reachable, state.sample) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "urls"),
+    [
+        ("", None, ("/metrics", "/prometheus/metrics")),
+        ("", "vllm", ("/metrics",)),
+        ("", "trtllm", ("/prometheus/metrics",)),
+        ("", "triton", ("http://h:8002/metrics", "/metrics")),
+        ("", "ollama", ()),
+        (",metrics=http://m:9/x", "triton", ("http://m:9/x",)),
+    ],
+)
+def test_metrics_page_is_looked_for_where_its_engine_has_it(
+    options: str, kind: str | None, urls: tuple[str, ...]
+) -> None:
+    assert page_urls(parse(f"http://h:8000{options}"), kind) == urls
+
+
+def test_triton_on_an_ipv6_address() -> None:
+    assert page_urls(parse("http://[::1]:8000"), "triton")[0] == "http://[::1]:8002/metrics"
+
+
+async def test_visit_that_fails_oddly_is_followed_by_the_next(clock: ManualClock) -> None:
+    failures = [RuntimeError("odd")]
+
+    def find(url: str) -> None:
+        if failures:
+            raise failures.pop()
+
+    async with fake_engine("vllm") as engine, watching(engine, clock, find_processes=find) as watch:
+        await watch.begin_visit()
+        assert (watch.state.health, watch.state.reachable) == ("refused", False)
+        clock.advance(1.0)
+        await watch.begin_visit()
+        assert (watch.state.health, watch.state.reachable) == ("ok", True)
+        assert watch.visits == {"ok": 1, "error": 0, "refused": 1, "silent": 0}

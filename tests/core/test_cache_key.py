@@ -70,7 +70,13 @@ NAMES = st.sampled_from(['"a"', '"\\u0061"', '"b"', '":"', '"\\u003a"', '"\\""',
 INTEGERS = ["0", "-0", "1", "-1", "1234567890123456789", "18446744073709551615", "18446744073709551616", "9" * 19]
 INTEGERS += ["-9223372036854775808", "-9223372036854775809", "-" + "9" * 19, "1" + "0" * 20, "9" * 30]
 FRACTIONS = ["1.0", "1e2", "1E+2", "0.1234567890123456789012", "1234567890123456789012.5", "1e-1234567890123456789"]
-FRACTIONS += ["12345678901234567890e0", "0." + "1" * 40, "-1" + "0" * 25 + "E-3"]
+FRACTIONS += [
+    "1e-" + "0" * 24 + "1",
+    "1E+" + "0" * 24 + "2",
+    "12345678901234567890e0",
+    "0." + "1" * 40,
+    "-1" + "0" * 25 + "E-3",
+]
 NUMBERS = st.sampled_from(INTEGERS + FRACTIONS)
 LITERALS = st.sampled_from(["true", "false", "null"])
 
@@ -141,6 +147,10 @@ def test_huge_integers_are_found_wherever_they_stand(body: bytes) -> None:
 
     json.loads(body.decode(), parse_int=held)
     assert has_huge_integer(body) is huge
+
+
+def test_integer_that_even_the_reference_refuses_is_huge() -> None:
+    assert has_huge_integer(b"[" + b"9" * 5000 + b"]")
 
 
 @given(padding=st.integers(0, 20), number=st.sampled_from(["18446744073709551616", "-9223372036854775809"]))

@@ -18,7 +18,7 @@ import pytest
 import structlog
 import uvloop
 
-from balancer.clock import SystemClock
+from balancer.clock import Clock, SystemClock
 from balancer.core.cache_key import answer_name, limit_name
 from balancer.store import Store, Taken
 from balancer.store.address import parse
@@ -192,8 +192,8 @@ async def test_charge_may_leave_a_debt_and_tokens_can_be_given_back(store: Store
 
 async def test_new_limits_hold_from_the_next_call(store: Store) -> None:
     await store.take("b", rate_per_s=SLOW, burst=100.0, cost=10.0)
-    assert await store.take("b", rate_per_s=0.001, burst=20.0, cost=0.0) == about(0.0, 20.0, 0.0)
-    await store.take("b", rate_per_s=0.001, burst=20.0, cost=20.0)
+    assert await store.take("b", rate_per_s=0.001, burst=20.0, cost=1.0) == about(0.0, 19.0, 1000.0)
+    await store.take("b", rate_per_s=0.001, burst=20.0, cost=19.0)
     assert await store.take("b", rate_per_s=0.01, burst=100.0, cost=1.0) == about(100.0, 0.0, 10000.0)
 
 
@@ -513,7 +513,11 @@ async def test_writes_to_a_frozen_redis_are_bounded_and_the_rest_is_counted(redi
             store.put(f"large{number}", value, 60.0)
         assert watch.errors == ["put"] * 3  # the fourth does not fit beside what a command needs
         redis_server.thaw()
-        await store.written()
+        for _ in range(8):  # what was answered makes room
+            await store.written()
+            await asyncio.sleep(0)  # the callbacks of what was written
+            store.put("large", value, 60.0)
+        assert watch.errors == ["put"] * 3
         assert await in_use(store)
 
 
@@ -657,7 +661,9 @@ async def test_calls_of_one_moment_go_out_together() -> None:
 
 
 @contextlib.asynccontextmanager
-async def link_to_silence() -> AsyncIterator[tuple[Link, asyncio.Queue[list[bytes]], Callable[[int], None]]]:
+async def link_to_silence(
+    clock: Clock,
+) -> AsyncIterator[tuple[Link, asyncio.Queue[list[bytes]], Callable[[int], None]]]:
     """A link, what arrives at its other end, and a way to answer so many calls from there."""
     arrived: asyncio.Queue[list[bytes]] = asyncio.Queue()
     writers: list[asyncio.StreamWriter] = []
@@ -674,14 +680,14 @@ async def link_to_silence() -> AsyncIterator[tuple[Link, asyncio.Queue[list[byte
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening, asyncio.timeout(WITHIN_S):
-        link = Link(timeout_s=PATIENT_S, clock=SystemClock(), on_end=lambda *_: None)
+        link = Link(timeout_s=PATIENT_S, clock=clock, on_end=lambda *_: None)
         await asyncio.get_running_loop().create_connection(lambda: link, *listening.sockets[0].getsockname())
         yield link, arrived, lambda count: writers[0].write(b"+OK\r\n" * count)
         link.end("done")
 
 
 async def test_calls_made_while_a_batch_is_under_way_go_together_when_they_are_many() -> None:
-    async with link_to_silence() as (link, arrived, answer):
+    async with link_to_silence(SystemClock()) as (link, arrived, answer):
         first = link.ask(pack((b"GET", b"1")))
         assert await arrived.get() == [b"1"]
         later = [link.ask(pack((b"GET", b"%d" % n))) for n in range(2, 2 + HOLD_CALLS)]
@@ -691,7 +697,7 @@ async def test_calls_made_while_a_batch_is_under_way_go_together_when_they_are_m
 
 
 async def test_call_made_while_a_batch_is_under_way_does_not_wait_for_its_answer() -> None:
-    async with link_to_silence() as (link, arrived, answer):
+    async with link_to_silence(SystemClock()) as (link, arrived, answer):
         first = link.ask(pack((b"GET", b"1")))
         assert await arrived.get() == [b"1"]
         second = link.ask(pack((b"GET", b"2")))
@@ -699,6 +705,23 @@ async def test_call_made_while_a_batch_is_under_way_does_not_wait_for_its_answer
         assert not first.done()
         answer(2)
         assert await asyncio.gather(first, second) == [b"OK", b"OK"]
+
+
+async def test_late_answer_gets_one_more_look_and_no_more() -> None:
+    clock = ManualClock()
+    async with link_to_silence(clock) as (link, arrived, answer):
+        calls = [link.ask(pack((b"GET", b"%d" % n))) for n in range(2)]
+        await arrived.get()
+        clock.advance(PATIENT_S)
+        link._look()
+        answer(1)
+        assert await calls[0] == b"OK"
+        link._look()  # the first time for this one
+        assert not link.ended
+        link._look()
+        assert link.ended
+        assert await calls[1] is None
+        assert await link.ask(b"") is None
 
 
 async def test_redis_that_greets_and_then_answers_too_late_opens_the_breaker_and_is_asked_ever_more_rarely() -> None:
@@ -733,7 +756,7 @@ async def test_redis_that_greets_and_then_answers_too_late_opens_the_breaker_and
 async def test_answers_that_make_no_sense_harm_nobody(answer: bytes, reason: str | None) -> None:
     redis = Scripted(lambda command: answer)
     with structlog.testing.capture_logs() as logs:
-        async with redis.running() as url, store_at(url) as (store, watch), asyncio.timeout(WITHIN_S):
+        async with redis.running() as url, store_at(url, probe_s=1e-6) as (store, watch), asyncio.timeout(WITHIN_S):
             for _ in range(FAILURES if reason else 1):
                 assert await store.take("b", rate_per_s=1.0, burst=1.0, cost=1.0) is None
                 store.put(KEY, b"v", 60.0)
