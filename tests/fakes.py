@@ -17,7 +17,12 @@ class ManualClock:
         self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
 
     def __repr__(self) -> str:
-        return f"<ManualClock now={self._now} sleepers={len(self._sleepers)}>"
+        return f"<ManualClock now={self._now} sleepers={self.sleepers}>"
+
+    @property
+    def sleepers(self) -> int:
+        """How many wait for time to pass."""
+        return sum(not future.done() for _, _, future in self._sleepers)
 
     def now(self) -> float:
         return self._now

@@ -119,7 +119,8 @@ class StreamScanner:
         if self.good_end or self.outcome is not None:
             return before
         self._part = b""
-        return before + self._pass_part(data[end:])
+        data, self._tail = self._tail + data[end:], b""
+        return before + self._pass_part(data)
 
     def _pass_part(self, data: bytes) -> bytes:
         end = EVENT_END.search(data)
@@ -147,6 +148,9 @@ class StreamScanner:
                 out.append(event)
             if self.good_end or self.outcome is not None:
                 break  # nothing belongs behind it
+        else:
+            if start < len(data):  # an empty line too many: it belongs to the next event
+                self._tail = data[start:] + self._tail
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _keep(self, event: bytes) -> bool:

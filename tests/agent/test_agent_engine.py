@@ -7,10 +7,10 @@ import asyncio
 import pytest
 from agent_fakes import FakeEngine, ManualClock, dead_url, fake_engine, golden, moved, watching
 
-from node_agent.engine_sample import Model
-from node_agent.engine_state import EngineState
 from node_agent.engine_http import MAX_BYTES
+from node_agent.engine_sample import Model
 from node_agent.engine_spec import parse
+from node_agent.engine_state import EngineState
 from node_agent.engine_visit import ScrapePolicy, page_urls, rest_s
 from node_agent.processes import EngineProcesses
 

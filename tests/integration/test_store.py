@@ -786,21 +786,33 @@ async def test_redis_that_cannot_serve_us_is_refused_with_its_reason(
     assert logs[0]["reason"] == reason
 
 
-async def test_server_that_drops_every_connection_is_not_asked_in_a_tight_loop() -> None:
-    connections = 0
+async def test_server_that_drops_every_connection_is_tried_once_a_probe() -> None:
+    connections: asyncio.Queue[None] = asyncio.Queue()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
+        connections.put_nowait(None)
         await reader.read(1 << 16)
         writer.write(b"+PONG\r\n*0\r\n+sha\r\n")
         writer.close()
 
+    clock = ManualClock()
+
+    async def asleep() -> None:
+        async with asyncio.timeout(WITHIN_S):
+            while not clock.sleepers:  # noqa: ASYNC110
+                await asyncio.sleep(0)  # the event loop has to get to it
+
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
         url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
-        async with store_at(url, probe_s=60.0) as (_, watch):
+        async with store_at(url, probe_s=1.0, clock=clock) as (_, watch):
             await watch.until("unreachable")
-            assert connections <= 2 * FAILURES
+            await asleep()
+            assert connections.qsize() <= 2 * FAILURES
+            tried = connections.qsize()
+            for probe in range(1, 4):
+                clock.advance(1.0)
+                await asleep()
+                assert connections.qsize() <= tried + 2 * probe  # one for reads, and one for writes if that held
 
 
 # -- addresses
