@@ -20,6 +20,7 @@ from balancer.errors import RateLimited
 from balancer.metrics import Metrics
 from balancer.settings import CacheConfig, ModelRule
 from balancer.store import Store
+from balancer.store.memory import MemoryStore
 
 # The form of an entry. Another version is a miss.
 _ENTRY_VERSION = 1
@@ -36,7 +37,7 @@ class Plan:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Stored:
     """A whole good answer, as it came."""
 
@@ -51,35 +52,19 @@ class Stored:
         """Read an entry strictly; None for anything that is not exactly one."""
         line, _, body = data.partition(b"\n")
         try:
-            about = orjson.loads(line)
-        except orjson.JSONDecodeError:
+            version, stream, kind, stored_s, took_s, size = orjson.loads(line)
+        except (orjson.JSONDecodeError, TypeError, ValueError):
             return None
-        if not isinstance(about, dict) or set(about) != {"v", "stream", "type", "at", "took", "size"}:
+        if version != _ENTRY_VERSION or type(stream) is not bool or type(kind) is not str or size != len(body):
             return None
-        numbers = all(type(about[name]) in (int, float) for name in ("at", "took"))
-        if about["v"] != _ENTRY_VERSION or type(about["stream"]) is not bool or not numbers:
+        if type(stored_s) is not float or type(took_s) is not float:
             return None
-        if about["size"] != len(body) or type(about["type"]) is not str:
-            return None
-        return cls(
-            stream=about["stream"],
-            content_type=about["type"].encode("latin-1"),
-            body=body,
-            stored_wall_s=about["at"],
-            node_seconds=about["took"],
-        )
+        return cls(stream, kind.encode("latin-1", "replace"), body, stored_s, took_s)
 
 
 def encode(stream: bool, content_type: bytes, body: bytes, wall_s: float, took_s: float) -> bytes:
     """An entry as it is kept: one line of JSON about it, then the body as it is."""
-    about = {
-        "v": _ENTRY_VERSION,
-        "stream": stream,
-        "type": content_type.decode("latin-1"),
-        "at": wall_s,
-        "took": took_s,
-        "size": len(body),
-    }
+    about = (_ENTRY_VERSION, stream, content_type.decode("latin-1"), wall_s, took_s, len(body))
     return orjson.dumps(about) + b"\n" + body
 
 
@@ -111,6 +96,7 @@ class ResponseCache:
     ) -> None:
         self._config = config
         self._store = store
+        self._memory = store if isinstance(store, MemoryStore) else None
         self._models = models
         self._clock = clock
         self._metrics = metrics
@@ -146,17 +132,32 @@ class ResponseCache:
             headers=request.forward,
             body=request.body,
             parsed=request.parsed,
+            exact=request.is_exact,
         )
         ttl_s = request.wishes.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
         scope = None if config.shared_between_tenants else request.tenant.id
         name = cache_key.answer_name(scope, request.model, key)
         return Plan(name, request.wishes.cache_mode is not CacheMode.REFRESH, True, ttl_s, "")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether looking up takes no waiting."""
+        return self._memory is not None
+
+    def lookup_local(self, plan: Plan, request: InferenceRequest) -> Hit | None:
+        """`lookup` where the answers are in this process."""
+        assert plan.name is not None
+        assert self._memory is not None
+        begun_s = self._clock.now()
+        return self._judge(self._memory.peek(plan.name), request, begun_s)
+
     async def lookup(self, plan: Plan, request: InferenceRequest) -> Hit | None:
         """The stored answer in the form that the request wants. Raises RateLimited beyond `hits_per_second`."""
         assert plan.name is not None
         begun_s = self._clock.now()
-        data = await self._store.get(plan.name)
+        return self._judge(await self._store.get(plan.name), request, begun_s)
+
+    def _judge(self, data: bytes | None, request: InferenceRequest, begun_s: float) -> Hit | None:
         hit = self._serve(data, request) if data is not None else None
         now = self._clock.now()
         self._lookup_seconds.observe(now - begun_s)

@@ -74,6 +74,7 @@ class Flight:
         for client in self._subscribers:
             client.begin(answer)
         answer.relay_to(self)
+        self._request.forget_body()
         if not answer.ended:
             await answer.wait()
         attempt.settle()
@@ -132,7 +133,7 @@ class Flights:
         """Admit the request, make the call, deliver it. Raises BalancerError while nothing is out."""
         call = client.call
         admitted = await self._admission.admit(request, call)
-        client.lines = admitted.lines
+        client.lines += admitted.lines
         try:
             flight = Flight(self._attempts, self._cache, request, plan, call)
             flight.subscribe(client)

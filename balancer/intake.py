@@ -49,7 +49,7 @@ _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority
 class Head:
     """What a request's head says, once it has passed. The next request on its connection may share it."""
 
-    __slots__ = ("endpoint", "forward", "given_id", "lines", "tenant", "wishes")
+    __slots__ = ("cors", "endpoint", "forward", "given_id", "lines", "tenant", "wishes")
 
     def __init__(
         self,
@@ -63,6 +63,7 @@ class Head:
         self.tenant = tenant
         self.given_id = given_id
         self.forward = forward
+        self.cors = b""  # lines for the answer
         self.lines = header_lines(forward) + b"accept-encoding: identity\r\nx-request-id: "
         self.wishes = NO_WISHES if _OURS.isdisjoint(headers) else _wishes(headers)
 
@@ -145,28 +146,27 @@ class Intake:
             if parsed is not None:
                 body = json_splice.replace_member(body, "model", model)
         self._auth.permit_model(head.tenant, model)
-        usage_body, wants_usage = self._usage(endpoint, stream, parsed, body)
+        usage_body, wants_usage = self._usage(endpoint, parsed, body) if stream else (None, True)
+        wishes = head.wishes
+        total_s = self._total_s if wishes.timeout_s is None else min(self._total_s, wishes.timeout_s)
         request = InferenceRequest(
-            id=id_,
-            endpoint=endpoint,
-            target=inbound.target,
-            query=inbound.target.partition(b"?")[2],
-            model=model,
-            body=body,
-            usage_body=usage_body,
-            parsed=parsed,
-            stream=stream,
-            tenant=head.tenant,
-            accepted_s=inbound.received_s,
-            deadline_s=inbound.received_s + min(self._total_s, head.wishes.timeout_s or self._total_s),
-            wishes=head.wishes,
-            is_exact=is_exact,
-            forward=head.forward,
-            head_lines=b"%b%b\r\n" % (head.lines, id_.encode()),
-            choices=_choices(parsed),
-            wants_usage=wants_usage,
-            http10=inbound.version == "1.0",
-            replayable=not (endpoint.dialect is Dialect.RESPONSES and parsed is not None and bool(parsed.get("store"))),
+            id_,
+            endpoint,
+            head.tenant,
+            wishes,
+            head.forward,
+            b"%b%b\r\n" % (head.lines, id_.encode()),
+            inbound.target,
+            model,
+            body,
+            usage_body,
+            parsed,
+            is_exact,
+            stream,
+            wants_usage,
+            inbound.received_s,
+            inbound.received_s + total_s,
+            inbound.version == "1.0",
         )
         if endpoint.dialect is Dialect.RESPONSES:
             self._refuse_split_memory(request)
@@ -211,11 +211,9 @@ class Intake:
             passed = [pair for pair in passed if pair[0] not in dropped]
         return tuple(passed)
 
-    def _usage(
-        self, endpoint: Endpoint, stream: bool, parsed: dict[str, Any] | None, body: bytes
-    ) -> tuple[bytes | None, bool]:
-        """The body with usage asked for, where the client did not; and whether the client did."""
-        if not stream or parsed is None or endpoint.dialect is not Dialect.OPENAI:
+    def _usage(self, endpoint: Endpoint, parsed: dict[str, Any] | None, body: bytes) -> tuple[bytes | None, bool]:
+        """A stream's body with usage asked for, where the client did not; and whether the client did."""
+        if parsed is None or endpoint.dialect is not Dialect.OPENAI:
             return None, True
         options = parsed.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
@@ -259,18 +257,6 @@ def form_fields(data: bytes, content_type: bytes) -> dict[str, str]:
                 name = line.split(b'name="', 1)[1].split(b'"', 1)[0]
                 fields[name.decode("utf-8", "replace")] = value[:-2].decode("utf-8", "replace")
     return fields
-
-
-def _choices(parsed: dict[str, Any] | None) -> int:
-    """How many choices a stream has to finish: n, times the prompts of a completions batch."""
-    if parsed is None:
-        return 1
-    n = parsed.get("n")
-    choices = n if type(n) is int and n > 0 else 1
-    prompt = parsed.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        choices *= len(prompt)
-    return choices
 
 
 def _seconds(headers: Mapping[bytes, bytes], name: bytes) -> float | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any
 
-from balancer.cache import ResponseCache
+from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
 from balancer.errors import BalancerError, CacheMiss, Draining
@@ -28,19 +29,22 @@ class Proxy:
         self._clock = clock
         self._date = date
 
-    async def handle(self, request: InferenceRequest, inbound: InboundRequest, call: Call) -> None:
-        """Serve one request; every refusal is a BalancerError, every exit frees what it took."""
+    def begin(self, request: InferenceRequest, inbound: InboundRequest, call: Call) -> Coroutine[Any, Any, None] | None:
+        """Serve a request from this process's memory at once (None), or return what is left to do."""
         client = ClientStream(inbound, request, call, self._clock, self._date)
+        plan = self._cache.plan(request)
+        call.cache_reason = plan.reason
+        if plan.read and self._cache.is_local:
+            if self._replayed(self._cache.lookup_local(plan, request), client):
+                return None
+            plan.read = False
+        return self.handle(request, plan, client)
+
+    async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
+        """Serve one request; every refusal is an answer, every exit frees what it took."""
         try:
-            plan = self._cache.plan(request)
-            call.cache_reason = plan.reason
-            if plan.read:
-                hit = await self._cache.lookup(plan, request)
-                if hit is not None:
-                    call.cache = "hit"
-                    client.replay(hit)
-                    return
-                call.cache = "miss"
+            if plan.read and self._replayed(await self._cache.lookup(plan, request), client):
+                return
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             await self._flights.fly(request, plan, client)
@@ -50,6 +54,14 @@ class Proxy:
             if not client.gone:  # cut by a shutdown
                 client.fail(Draining("this balancer was shut down before the answer was complete"))
             raise
+
+    @staticmethod
+    def _replayed(hit: Hit | None, client: ClientStream) -> bool:
+        """Deliver a hit, or note the miss."""
+        client.call.cache = "miss" if hit is None else "hit"
+        if hit is not None:
+            client.replay(hit)
+        return hit is not None
 
 
 class _Series:
@@ -90,7 +102,7 @@ class Journal:
             self._write("request.finished", self._clock.wall(), _facts(call, now))
 
     def _count(self, call: Call, now: float) -> None:
-        model = call.model if call.node or self._registry.serving_known(call.model) else "other"
+        model = call.model if call.node or call.model in self._registry.listed_models else "other"
         series = self._series.get((model, call.endpoint))
         if series is None:
             series = self._series[model, call.endpoint] = _Series(self._metrics, model, call.endpoint)

@@ -49,6 +49,7 @@ class Registry:
         self._last_states: dict[NodeId, str] = {}
         self._listeners: list[Callable[[], None]] = []
         self.started_s = now()
+        self.listed_models: frozenset[str] = frozenset()  # that some node serves: they may be metrics' labels
         self.is_bounded = False  # some node has a `max_in_flight`
         self._register_gauges()
 
@@ -124,10 +125,6 @@ class Registry:
         """Nodes whose list has the model; while a list is unknown its node stands in for models nobody lists."""
         known = [node for node in self._nodes.values() if node.serves(model)]
         return known or [node for node in self._nodes.values() if node.serves(model) is None]
-
-    def serving_known(self, model: str) -> bool:
-        """Whether some node lists the model: a name that may be a metric's label."""
-        return any(model in (node.known_models or ()) for node in self._nodes.values())
 
     def model_unknown(self, model: str) -> bool:
         """True when every node's list is known and lacks the model."""
@@ -264,6 +261,7 @@ class Registry:
     def touch(self) -> None:
         """Evidence changed: who is eligible is worked out anew."""
         self._candidates.clear()
+        self.listed_models = frozenset(model for node in self._nodes.values() for model in node.known_models or ())
         self.is_bounded = any(node.config.max_in_flight is not None for node in self._nodes.values())
         self._tell()
 

@@ -30,7 +30,7 @@ class ClientStream:
         self._sse = False
         self._begun = False
         self.call = call
-        self.lines = b""  # X-RateLimit headers
+        self.lines: bytes = inbound.context.cors  # further headers: CORS, X-RateLimit
 
     @property
     def gone(self) -> bool:
@@ -51,6 +51,7 @@ class ClientStream:
         self._sse = answer.is_stream
         self._begun = True
         self._inbound.flow = answer
+        self._inbound.body = b""
         if not self._sse and answer.length is not None:
             self._chunked = False
             head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % answer.length)

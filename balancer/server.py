@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -156,23 +156,25 @@ class DataPort:
         if request.method == b"OPTIONS" and self._origins and request.headers.get(b"origin") in self._origins:
             request.context = _Preflight(allow)
             return
-        if request.method.decode() not in allow:
+        if request.method.decode() not in allow.split(", "):
             raise MethodNotAllowed(f"{request.method.decode()} is not for this path", allow=allow)
         if endpoint is _HEALTH:
             request.context = _Local(endpoint)
             return
         if self.closing:
             raise Draining("this balancer is shutting down", retry_after_s=1.0)
-        request.context = self._intake.head(endpoint, request, id_)
+        head = self._intake.head(endpoint, request, id_)
+        head.cors = self._cors(request)
+        request.context = head
 
-    async def serve(self, request: InboundRequest) -> None:
-        """Answer a whole request; never raises."""
+    def begin(self, request: InboundRequest) -> Coroutine[Any, Any, None] | None:
+        """Answer a whole request at once where that can be done (None), else return the work for a task."""
         head = request.context
         if self.draining:
             request.keep_alive = False
         if not isinstance(head, Head) or head.endpoint is _MODELS:
             self._serve_local(request)
-            return
+            return None
         call = Call(head.given_id or self._next_id(), head.endpoint.name, request.received_s)
         call.tenant = head.tenant.id
         try:
@@ -180,20 +182,30 @@ class DataPort:
                 raise Draining("this balancer is shutting down", retry_after_s=1.0)
             inference = self._intake.understand(request, call.id)
             call.model, call.stream = inference.model, inference.stream
-            await self._proxy.handle(inference, request, call)
+            work = self._proxy.begin(inference, request, call)
         except BalancerError as error:
             call.failed(error)
             request.send(self._error(request, error, call.id), b"")
+        except Exception:  # noqa: BLE001 - an edge; logged with its traceback
+            self._crashed(request, call)
+        else:
+            if work is not None:
+                return self._finish(request, call, work)
+        self._journal.close(call)
+        return None
+
+    async def _finish(self, request: InboundRequest, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        """Carry a request to its end; never raises, but for a cancellation that is not ours."""
+        try:
+            await work
         except asyncio.CancelledError:
             if request.left:
                 call.status = call.status or CLIENT_LEFT
                 call.code = "client_left"
             elif not self.closing:
                 raise
-        except Exception:
-            log.exception("request.crashed", request_id=call.id)
-            call.failed(BalancerError("internal"))
-            self._crashed(request, call.id)
+        except Exception:  # noqa: BLE001 - an edge; logged with its traceback
+            self._crashed(request, call)
         finally:
             self._journal.close(call)
             request.connection.finished(request)
@@ -203,13 +215,12 @@ class DataPort:
         return f"{self._id_prefix}{self._id_count:012x}"
 
     def _serve_local(self, request: InboundRequest) -> None:
+        """Health, models, preflights."""
         id_ = _echoed(request) or self._next_id()
         try:
             request.send(*self._local(request, id_))
         except BalancerError as error:
             request.send(self._error(request, error, id_), b"")
-        finally:
-            request.connection.finished(request)
 
     def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
         """The whole answer to a request that ends before `serve`; it is counted here."""
@@ -295,12 +306,14 @@ class DataPort:
             )
         )
 
-    def _crashed(self, request: InboundRequest, id_: str) -> None:
+    def _crashed(self, request: InboundRequest, call: Call) -> None:
+        log.exception("request.crashed", request_id=call.id)
+        error = BalancerError("an internal error; the log has the request's id")
+        call.failed(error)
         if request.responded:
             request.cut()
         else:
-            error = BalancerError("an internal error; the log has the request's id")
-            request.send(self._error(request, error, id_), b"")
+            request.send(self._error(request, error, call.id), b"")
 
 
 class _Local:

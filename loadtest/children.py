@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from loadtest.clock import Clock
@@ -18,6 +18,8 @@ from loadtest.clock import Clock
 PR_SET_PDEATHSIG = 1
 # Our programs stop at once when nothing is in flight; what takes longer is killed.
 END_WITHIN_S = 5.0
+# How often a child that starts is asked whether it is ready.
+ASK_EVERY_S = 0.05
 # How far above a preferred port a free one is looked for.
 PORT_RANGE = 500
 
@@ -53,8 +55,10 @@ class Child:
     ) -> None:
         self.name = name
         self.log = log
-        self._words = ("-m", module, *arguments)
-        self._environment = dict(environment)
+        # The very code that runs here, whatever the working directory holds.
+        path = os.pathsep.join((str(Path(__file__).parents[1]), *filter(None, (environment.get("PYTHONPATH"),))))
+        self._words = ("-P", "-m", module, *arguments)
+        self._environment = {**environment, "PYTHONPATH": path}
         self._process: asyncio.subprocess.Process | None = None
 
     def __repr__(self) -> str:
@@ -86,17 +90,14 @@ class Child:
                 preexec_fn=_tie_to_parent(),
             )
 
-    async def until(self, ready: Callable[[], object], clock: Clock, within_s: float) -> None:
-        """Wait until `await ready()` is true. Raises CannotRun when the process ends before that or takes longer."""
+    async def until(self, ready: Callable[[], Awaitable[bool]], clock: Clock, within_s: float) -> None:
+        """Ask `ready` until it says yes. Raises CannotRun when the process ends before that, or takes longer."""
         last_s = clock.now() + within_s
-        while True:
-            answer = ready()
-            if await answer if isinstance(answer, asyncio.Future) else answer:
-                return
-            await clock.sleep(0.05)
+        while not await ready():
             self.check()
             if clock.now() > last_s:
                 raise CannotRun(f"{self.name} was not ready within {within_s:g} s{self._last_words()}")
+            await clock.sleep(ASK_EVERY_S)
 
     def check(self) -> None:
         """Raises CannotRun if the process has ended."""

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from balancer.app import App
+from balancer.clock import Clock
 from balancer.settings import Settings, load
 
 # Short limits, so that what has to time out does so within a test; the checks are as quick as their clock allows.
@@ -26,13 +27,14 @@ QUICK: Mapping[str, Any] = {
 class Balancer:
     """A running balancer. `requests` are its `request.finished` facts, newest last."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Mapping[str, Any], clock: Clock | None = None) -> None:
+        self.settings = dict(settings)
         self._folder = tempfile.TemporaryDirectory(prefix="balancer-test-")
         self._file = Path(self._folder.name, "settings.yaml")
         self.write_settings(settings)
         self.requests: list[dict[str, Any]] = []
         self._finished = asyncio.Condition()
-        self.app = App(self._load(), self._load, write_event=self._record, rng=Random(7))
+        self.app = App(self._load(), self._load, write_event=self._record, clock=clock, rng=Random(7))
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """What a reload will read."""
@@ -90,7 +92,9 @@ class Balancer:
 
 
 @asynccontextmanager
-async def running(*nodes: str | Mapping[str, Any], **settings: Any) -> AsyncIterator[Balancer]:
+async def running(
+    *nodes: str | Mapping[str, Any], clock: Clock | None = None, **settings: Any
+) -> AsyncIterator[Balancer]:
     """A balancer in front of `nodes` (URLs, or node settings), with `settings` over QUICK, section by section."""
     merged: dict[str, Any] = {name: dict(section) for name, section in QUICK.items()}
     for name, value in settings.items():
@@ -98,7 +102,7 @@ async def running(*nodes: str | Mapping[str, Any], **settings: Any) -> AsyncIter
     merged["nodes"] = [{"url": node} if isinstance(node, str) else dict(node) for node in nodes]
     merged.setdefault("listen", "127.0.0.1:0")
     merged.setdefault("ops_listen", "127.0.0.1:0")
-    balancer = Balancer(merged)
+    balancer = Balancer(merged, clock)
     await balancer.start()
     try:
         yield balancer

@@ -29,6 +29,9 @@ CANONICAL_BYTES = 1024 * 1024
 # CPython refuses to read a longer integer, and many nodes are written in it; no real field comes near.
 MAX_NUMBER_DIGITS = 4300
 
+# What few requests differ in is remembered up to this size: beyond, a caller could fill memory with it.
+REMEMBERED_BYTES = 256
+
 # Fields that name the caller or the way the answer is delivered, and change nothing about it.
 LEFT_OUT_FIELDS = ("stream", "stream_options", "user", "metadata")
 LEFT_OUT_HEADERS = frozenset({b"user-agent", b"x-request-id", b"traceparent", b"tracestate", b"baggage"})
@@ -64,21 +67,29 @@ def derive(
     """The digest (SHA-256, hex) that equal requests have in common.
 
     `tenant` is None where all tenants share; `model` is the name after alias and stands in for the body's own;
-    `headers` are the client's that a node would get, `Content-Type` among them. `body` and `parsed` belong together:
-    the client's bytes and what orjson made of them; where the model came by an alias, `body` may already hold `model`
-    in its place, and nothing else may have been changed. `exact` spares finding it out again (`is_exact`).
+    `headers` are the client's that a node would get, `Content-Type` among them. `exact` is what `is_exact` says of the
+    client's own bytes and their parse; without it, `body` and `parsed` have to be these. With it, `body` may already
+    hold `model` in the alias's place; nothing else may have been changed.
     """
-    parts = [query, *identity(body, parsed, model, exact)]
-    named = []
-    for name, value in headers:
-        name = name.lower()
-        if name not in LEFT_OUT_HEADERS:
-            named.append((name, value))
-    if len(named) > 1:
-        named.sort(key=_first)  # stable: the order of values under one name stays
-    for pair in named:
-        parts += pair
-    return hashlib.sha256(_head(tenant, endpoint, model, revision) + _lengths(parts) + b"".join(parts)).hexdigest()
+    kind, written = identity(body, parsed, model, exact)
+    parts = [query, kind, written]
+    counted = tuple([pair for pair in headers if pair[0] not in LEFT_OUT_HEADERS])
+    remembered = len(model) + sum([len(value) for _, value in counted]) <= REMEMBERED_BYTES
+    if remembered:
+        head = _head(tenant, endpoint, model, revision) + _named(counted)
+    else:
+        head = _head.__wrapped__(tenant, endpoint, model, revision) + _named.__wrapped__(counted)
+    return hashlib.sha256(head + _lengths(parts) + b"".join(parts)).hexdigest()
+
+
+@lru_cache(maxsize=1024)
+def _named(headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    """The headers that count, by name, and their lengths before them; a client's are the same on every request."""
+    named = [(name.lower(), value) for name, value in headers]
+    named = [pair for pair in named if pair[0] not in LEFT_OUT_HEADERS]
+    named.sort(key=_first)  # stable: the order of values under one name stays
+    parts = [part for pair in named for part in pair]
+    return _lengths(parts) + b"".join(parts)
 
 
 @lru_cache(maxsize=1024)
@@ -102,27 +113,24 @@ def identity(
         return (_RAW, body) if body else (_NONE, b"")
     if exact is False or len(body) > CANONICAL_BYTES:
         return _RAW, body
-    fields = dict(parsed)
-    named = fields.get("model")
-    aliased = type(named) is str and named != model
-    if aliased:
-        fields["model"] = model
-    if exact is None and not is_exact(body, fields, aliased=aliased):
+    if exact is None and not is_exact(body, parsed):
         return _RAW, body
+    fields = dict(parsed)
     for name in LEFT_OUT_FIELDS:
         fields.pop(name, None)
+    if type(fields.get("model")) is str:
+        fields["model"] = model
     return _CANONICAL, orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 
-def is_exact(body: bytes, parsed: Mapping[str, Any], *, aliased: bool = False) -> bool:
+def is_exact(body: bytes, parsed: Mapping[str, Any]) -> bool:
     """Whether `parsed` is all of `body`: no name twice in one object, no integer that became a float.
 
     False also where it nests deeper than orjson writes (254), though not deeper than it reads.
 
     Exact, given that orjson took `body` and made `parsed` of it. Outside strings a colon stands only after a name,
-    and written again every name and string that was kept has the colons it had before, unless one was escaped. So
-    the body has more colons than its parse written again if, and only if, something was dropped. With `aliased` the
-    two may hold different names of the model, which may have colons: then only those outside strings are counted.
+    and written again every name and string that was kept has the colons it had before, escaped ones included. So the
+    body has more colons than its parse written again if, and only if, something was dropped.
     """
     try:
         again = orjson.dumps(parsed)
@@ -130,11 +138,14 @@ def is_exact(body: bytes, parsed: Mapping[str, Any], *, aliased: bool = False) -
         return False
     if again == body:
         return True
-    if aliased or b"\\u003" in body:  # may be an escaped colon; no other escape makes one
-        names, names_again = skeleton(body).count(b":"), skeleton(again).count(b":")
-    else:
-        names, names_again = body.count(b":"), again.count(b":")
-    return names == names_again and not has_huge_integer(body)
+    return body.count(b":") + _escaped_colons(body) == again.count(b":") and not has_huge_integer(body)
+
+
+def _escaped_colons(body: bytes) -> int:
+    if b"\\u003" not in body:
+        return 0
+    body = body.replace(b"\\\\", b"")  # what follows an escaped backslash is no escape
+    return body.count(b"\\u003a") + body.count(b"\\u003A")
 
 
 def has_huge_integer(body: bytes) -> bool:
@@ -229,7 +240,7 @@ def check_depth(body: bytes, limit: int) -> None:
 def check_numbers(body: bytes, limit: int = MAX_NUMBER_DIGITS) -> None:
     """Raise BadRequest if JSON text holds a number with more than `limit` digits in a row."""
     stride = limit // 2  # a longer run shows at least two in a row
-    if b"00" not in body[::stride].translate(_DIGITS_ALIKE):
+    if len(body) <= limit or b"00" not in body[::stride].translate(_DIGITS_ALIKE):
         return
     run = b"0" * (limit + 1)
     if run in body.translate(_DIGITS_ALIKE) and run in skeleton(body).translate(_DIGITS_ALIKE):

@@ -87,31 +87,56 @@ class Wishes:
 NO_WISHES = Wishes()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class InferenceRequest:
-    """One understood request. Nothing but `tried` changes once it is built; not frozen because that costs 2 µs each."""
+    """One understood request. Only `tried` changes, and the body is let go of after the commit point."""
 
     id: str
     endpoint: Endpoint
+    tenant: Tenant
+    wishes: Wishes
+    forward: tuple[tuple[bytes, bytes], ...]  # client headers that may go to a node
+    head_lines: bytes  # the same as they stand in a head, and what we add for every node
     target: bytes  # path and query as the client sent them
-    query: bytes
     model: str  # after alias
     body: bytes  # the client's, byte for byte, unless an alias had to change it
     usage_body: bytes | None  # the same with usage asked for, where the client did not
     parsed: dict[str, Any] | None  # the JSON body; None for multipart
+    is_exact: bool  # `parsed` is all of `body` (core.cache_key)
     stream: bool
-    tenant: Tenant
+    wants_usage: bool  # the client's stream is to carry usage
     accepted_s: float
     deadline_s: float
-    wishes: Wishes = NO_WISHES
-    is_exact: bool = True  # `parsed` is all of `body` (core.cache_key)
-    forward: tuple[tuple[bytes, bytes], ...] = ()  # client headers that may go to a node
-    head_lines: bytes = b""  # the same as they stand in a head, and what we add for every node
-    choices: int = 1
-    wants_usage: bool = False  # the client asked for usage in its stream
-    http10: bool = False
-    replayable: bool = True  # False: once sent it must not be sent again
+    http10: bool
     tried: set[NodeId] = field(default_factory=set)
+
+    @property
+    def query(self) -> bytes:
+        """What stands behind the path's question mark."""
+        return self.target.partition(b"?")[2]
+
+    @property
+    def choices(self) -> int:
+        """How many choices a stream has to finish: n, times the prompts of a completions batch."""
+        parsed = self.parsed
+        if parsed is None:
+            return 1
+        n, prompt = parsed.get("n"), parsed.get("prompt")
+        choices = n if type(n) is int and n > 0 else 1
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            choices *= len(prompt)
+        return choices
+
+    @property
+    def replayable(self) -> bool:
+        """Whether it may be sent a second time: not where a node keeps what it made of it."""
+        stored = self.endpoint.dialect is Dialect.RESPONSES and self.parsed is not None and self.parsed.get("store")
+        return not stored
+
+    def forget_body(self) -> None:
+        """It is sent and will not be sent again: a long stream need not hold its prompt."""
+        self.body = b""
+        self.usage_body = self.parsed = None
 
     def prompt_tokens(self) -> float:
         """Prompt tokens estimated from the body's bytes."""

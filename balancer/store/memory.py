@@ -41,6 +41,10 @@ class MemoryStore:
 
     async def get(self, key: str) -> bytes | None:
         """The value, or None: absent or expired."""
+        return self.peek(key)
+
+    def peek(self, key: str) -> bytes | None:
+        """`get` without waiting."""
         entry = self._entries.get(key)
         if entry is None:
             return None

@@ -139,11 +139,11 @@ class Service(Protocol):
     def accept_head(self, request: InboundRequest) -> None:
         """Judge a request by its head, before its body is read. Raises BalancerError."""
 
-    def serve(self, request: InboundRequest) -> Coroutine[Any, Any, None]:
-        """Answer a whole request; never raises."""
+    def begin(self, request: InboundRequest) -> Coroutine[Any, Any, None] | None:
+        """Answer a whole request at once (None), or return what is left to do, which ends with `finished`."""
 
     def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
-        """The whole answer to a request that ends before `serve`."""
+        """The whole answer to a request that ends before `begin`."""
 
     @property
     def revision(self) -> int:
@@ -258,15 +258,8 @@ class InboundConnection(asyncio.Protocol):
             self._transport.abort()
 
     def finished(self, request: InboundRequest) -> None:
-        """The answer to `request` is complete; go on with what waits."""
-        if request is not self._working:
-            return
-        self._working = None
-        self._task = None
-        request.flow = None
-        self._release(request)
-        if not request.keep_alive or self._service.closing:
-            self._close_gently()
+        """The answer to `request`, made by a task, is complete; go on with what waits."""
+        if request is not self._working or not self._done(request):
             return
         if self._ready:
             self._start(self._ready.popleft())
@@ -276,10 +269,18 @@ class InboundConnection(asyncio.Protocol):
         if self._paused_reading and not self._backlog and self._transport is not None:
             self._paused_reading = False
             self._transport.resume_reading()
-        if self._working is None and self._receiving is None:
-            self.due_s = self._now() + KEEP_ALIVE_S
-            if self.bucket is None:
-                self._wheel.watch(self)
+
+    def _done(self, request: InboundRequest) -> bool:
+        """Put a finished request away; False where the connection ends with it."""
+        self._working = None
+        self._task = None
+        request.flow = None
+        self._release(request)
+        if not request.keep_alive or self._service.closing:
+            self._close_gently()
+            return False
+        self.due_s = self._now() + KEEP_ALIVE_S
+        return True
 
     def close_if_idle(self) -> None:
         """Shutting down: connections at rest close now, the others after their answer."""
@@ -539,11 +540,19 @@ class InboundConnection(asyncio.Protocol):
             self._wheel.sooner(self)
 
     def _start(self, item: InboundRequest | tuple[InboundRequest, BalancerError]) -> None:
-        if isinstance(item, tuple):
-            self._answer_refusal(*item)
-            return
-        self._working = item
-        self._task = self._loop.create_task(self._service.serve(item))
+        """Answer what is ready, in order, up to the first that needs a task."""
+        while True:
+            if isinstance(item, tuple):
+                self._answer_refusal(*item)
+                return
+            self._working = item
+            work = self._service.begin(item)
+            if work is not None:
+                self._task = self._loop.create_task(work)
+                return
+            if not self._done(item) or not self._ready:
+                return
+            item = self._ready.popleft()
 
     def _refuse(self, error: BalancerError) -> None:
         """Answer with an error in its turn, then close: what follows on this connection cannot be trusted."""

@@ -17,16 +17,13 @@ from balancer.wire.sse import EVENT_BYTES, StreamScanner, scanner_for
 
 DIALECTS = st.sampled_from([Dialect.OPENAI, Dialect.ANTHROPIC, Dialect.RESPONSES, Dialect.TGI])
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n"])
-NAMES = st.sampled_from(
-    ["choices", "delta", "text", "content", "finish_reason", "index", "usage", "error", "message", "type", "token"]
-    + ["prompt_tokens", "completion_tokens", "output_tokens", "generated_text", "details", "response", "role"]
-)
-WORDS = st.sampled_from(
-    ["", "x", "stop", "message_start", "message_delta", "message_stop", "content_block_delta", "error", "\n\n", '"']
-    + ["é"]
-    + ["response.output_text.delta", "response.completed", "response.failed", "response.created"]
-    + ['data: {"error":1}\n\n', "[DONE]", '"usage"', '"finish_reason":"stop"']
-)
+OPENAI_NAMES = ["choices", "delta", "text", "content", "finish_reason", "index", "usage", "error", "message", "role"]
+OTHER_NAMES = ["type", "token", "prompt_tokens", "output_tokens", "generated_text", "details", "response", "id"]
+NAMES = st.sampled_from([*OPENAI_NAMES, *OTHER_NAMES])
+ANTHROPIC_TYPES = ["message_start", "message_delta", "message_stop", "content_block_delta", "error"]
+RESPONSE_TYPES = ["response.output_text.delta", "response.completed", "response.failed", "response.created"]
+LANDMARKS = ['data: {"error":1}\n\n', "[DONE]", '"usage"', '"finish_reason":"stop"', "\n\n", '"', "é", "x", ""]
+WORDS = st.sampled_from([*LANDMARKS, *ANTHROPIC_TYPES, *RESPONSE_TYPES])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | WORDS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),

@@ -528,17 +528,16 @@ def test_an_oversized_event_passes_and_what_surrounds_it_is_still_read(size: int
 
 def test_an_oversized_event_may_end_at_any_byte_of_a_read() -> None:
     large = chat({"content": HUGE})
-    text = large + chat({}, "stop") + DONE
+    text = large + USAGE_EVENT + chat({}, "stop") + DONE
+    first = EVENT_BYTES + 1000
 
     for line_end in (b"\n", b"\r\n"):
         spelt = text.replace(b"\n", line_end)
         end = len(large.replace(b"\n", line_end))
         for at in range(end - 6, end + 6):
-            result = seen(
-                STREAMS["chat"].scanner(), [spelt[: EVENT_BYTES + 1000], spelt[EVENT_BYTES + 1000 : at], spelt[at:]]
-            )
+            result = seen(STREAMS["chat"].scanner(), [spelt[:first], spelt[first:at], spelt[at:]])
 
-            assert (result.passed, result.closed) == (spelt, Outcome.OK)
+            assert (result.passed, result.closed, result.usage) == (spelt, Outcome.OK, Usage(3, 2, 1))
 
 
 def test_an_event_without_end_does_not_pile_up() -> None:
@@ -564,6 +563,16 @@ def test_a_finish_within_an_oversized_event_counts_for_the_only_choice(size: int
 
     assert seen(STREAMS["chat"].scanner(), reads_of(text, size)).closed is Outcome.OK
     assert seen(STREAMS["chat"].scanner(choices=2), reads_of(text, size)).closed is Outcome.NO_FINISH_REASON
+
+
+def test_a_finish_may_lie_across_two_parts_of_an_oversized_event() -> None:
+    large = chat({"content": HUGE}, "stop")
+    first = EVENT_BYTES + 1000
+
+    for at in range(len(large) - 40, len(large)):
+        reads = [large[:first], large[first:at], large[at:] + DONE]
+
+        assert seen(STREAMS["chat"].scanner(), reads).closed is Outcome.OK
 
 
 @pytest.mark.parametrize("size", [60_000, EVENT_BYTES + 1000])

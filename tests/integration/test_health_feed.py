@@ -160,6 +160,21 @@ async def test_a_silent_agent_makes_its_nodes_unknown_and_never_down() -> None:
         assert [log["reason"] for log in lost if "agent" in log] == ["timeout"]
 
 
+async def test_a_missed_poll_is_not_worth_a_line() -> None:
+    fleet = Fleet()
+    async with Answering({REPORT: sampled({"id": "a"})}) as agent:
+        a = fleet.put("http://10.0.0.7:8000", id="a", agent=agent.url)
+        with capture_logs() as logs:
+            async with feeding(fleet):
+                await fleet.until(lambda: a.report is not None)
+                seen = len(logs)
+                agent.answers[REPORT] = 503
+                await agent.asked_for(REPORT, 2)
+                agent.answers[REPORT] = sampled({"id": "a", "problems": ["clock_low"]}, boot_id="next")
+                await fleet.until(lambda: a.health.verdict is Verdict.DEGRADED)
+        assert [log["event"] for log in logs[seen:]] == ["node.judged"]
+
+
 async def test_a_sampler_that_hangs_is_a_silent_agent() -> None:
     fleet = Fleet(stale_s=0.2)
     async with Answering({REPORT: (200, report({"id": "a"}, seq=7))}) as agent:
@@ -178,7 +193,7 @@ async def test_an_answer_that_is_no_report_is_a_lost_agent_said_once() -> None:
         "too_large": (200, b" " * (MAX_BYTES + 1)),
         "bad_report: unexpected": (200, b"<html>"),
         "bad_report: not a HostReport of version 1": (200, {"version": 2}),
-        "bad_report: not a HostReport": (200, {"version": 1, "gpus": 5}),
+        "bad_report: gpus": (200, {"version": 1, "gpus": 5}),
         "bad_report: queue_depth": (200, {"version": 1, "nodes": [{"queue_depth": "3"}]}),
     }
     fleet = Fleet()

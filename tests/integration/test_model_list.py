@@ -86,7 +86,8 @@ async def test_a_changed_list_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [500, 401, 302, (200, b"not JSON"), (200, {}), (200, b" " * (MAX_BYTES + 1)), (200, {"data": None})]
+    "answer",
+    [500, 401, 302, (200, b"not JSON"), (200, {}), (200, b'{"data": []}' + b" " * MAX_BYTES), (200, {"data": None})],
 )
 async def test_an_answer_that_is_no_list_keeps_the_last_one(answer: Any) -> None:
     fleet = Fleet()
@@ -121,15 +122,18 @@ async def test_configured_models_are_not_asked_for() -> None:
 
 async def test_a_node_is_asked_again_when_it_recovers_and_not_while_it_is_down() -> None:
     fleet = Fleet()
-    async with Answering({MODELS: listing("a")}) as server, Answering() as other:
+    async with Answering({MODELS: 503}) as server, Answering({MODELS: 503}) as other:
         node = fleet.put(server.url)
         fleet.put(other.url)
-        async with listing_models(fleet, refresh_s=1.0):
+        async with listing_models(fleet, refresh_s=60.0):
+            await server.asked_for(MODELS)
+            fleet.registry.checked(node, False, "refused", SystemClock.now())
+            server.answers[MODELS] = listing("a")
+            await other.asked_for(MODELS, 2)
+            assert server.count(MODELS) == 1
+            fleet.registry.checked(node, True, "", SystemClock.now())
             await fleet.until(lambda: node.listed_models == {"a"})
             fleet.registry.checked(node, False, "refused", SystemClock.now())
-            before = server.count(MODELS)
-            await other.asked_for(MODELS, 1)
-            assert server.count(MODELS) == before
             server.answers[MODELS] = listing("b")
             fleet.registry.checked(node, True, "", SystemClock.now())
             await fleet.until(lambda: node.listed_models == {"b"})

@@ -233,7 +233,7 @@ async def test_every_admin_call_is_behind_the_gate() -> None:
     async with running(admin_key_sha256=sha256(KEY)) as ops:
         for method, path in calls:
             assert await ops.error(method, path) == (401, "unauthenticated", None)
-        status, headers, _ = await ops.ask("GET", "/admin/nodes")
+        _, headers, _ = await ops.ask("GET", "/admin/nodes")
         assert headers["WWW-Authenticate"] == "Bearer"
         assert (await ops.ask("GET", "/admin/nodes", headers={"Authorization": f"Bearer {KEY}"}))[0] == 200
     async with running() as ops:
