@@ -8,7 +8,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -198,24 +197,10 @@ def node_config(id_: str, data: Any) -> NodeConfig:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
         unknown = first["type"] == "unexpected_keyword_argument"
-        reason = "there is no such field" if unknown else first["msg"]
+        reason = "there is no such field" if unknown else first["msg"].removeprefix("Value error, ")
         raise BadRequest(f"{name}: {reason}" if name else "the body must be an object", param=name or None) from error
     if config.id not in (None, id_):
         raise BadRequest("id: differs from the one in the path", param="id")
     if config.api_key_file is not None:
         raise BadRequest("api_key_file: only the settings file may name files", param="api_key_file")
-    _check_url("url", config.url)
-    if config.agent is not None:
-        _check_url("agent", config.agent)
     return dataclasses.replace(config, id=id_)
-
-
-def _check_url(name: str, url: str) -> None:
-    """Scheme, host, perhaps a port and a path: nothing else has a meaning for a node or an agent."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
-        raise BadRequest(f"{name}: must be http(s)://HOST[:PORT][/PATH], without a user or a query", param=name)

@@ -286,7 +286,7 @@ class App:
 
     def put_node(self, config: NodeConfig) -> None:
         """Add or replace a node (admin API)."""
-        self.registry.put(config)
+        self.registry.put(config, at_run_time=True)
         self.attempts.follow(self.registry.nodes)
 
     def remove_node(self, id_: NodeId) -> bool:

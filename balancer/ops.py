@@ -20,7 +20,7 @@ from balancer.health_feed import MAX_BYTES, HealthFeed
 from balancer.log import get_logger
 from balancer.metrics import Metrics
 from balancer.registry import Registry
-from balancer.settings import OpsConfig
+from balancer.settings import OpsConfig, split_address
 from balancer.wire.refusal import error_body
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class OpsServer:
         """Listen. Raises OSError with a message for people when the address cannot be had."""
         from aiohttp import web
 
-        host, port = _split(self._listen)
+        host, port = split_address("ops_listen", self._listen)
         runner = web.AppRunner(self._application(), access_log=None, handle_signals=False, shutdown_timeout=CLOSE_S)
         await runner.setup()
         try:
@@ -210,11 +210,3 @@ def _of_aiohttp(error: web.HTTPException) -> BalancerError:
     if error.status == 404:
         return NotFound("there is no such path here")
     return ClientError(error.reason, status=error.status)
-
-
-def _split(listen: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port`, taken apart. Raises OSError for anything else."""
-    host, _, port = listen.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise OSError(f"ops_listen: {listen}: must be HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)

@@ -68,17 +68,24 @@ class Registry:
         """All nodes by id."""
         return self._nodes
 
-    def put(self, config: NodeConfig) -> Node:
-        """Add a node, or replace one of the same id: its evidence and running requests stay with it."""
+    def put(self, config: NodeConfig, *, at_run_time: bool = False) -> Node:
+        """Add a node, or replace one of the same id.
+
+        At the same URL its evidence and its requests stay with it. At another URL it is another server: only the
+        operator's drain stays, and what runs at the old one ends there.
+        """
         id_ = NodeId(node_id(config))
         old = self._nodes.get(id_)
         if old is not None and old.config.url == config.url:
             old.config = config
             old.models = frozenset(config.models) or None
             old.weight = config.weight
+            old.added_at_run_time = at_run_time
             self.touch()
             return old
         node = Node(config, id_, Breaker(self._breaker_policy, self._rng))
+        node.added_at_run_time = at_run_time
+        node.drained_by_operator = old is not None and old.drained_by_operator
         if self._now() - self.started_s > 1.0:
             node.ramp_from_s = self._now()  # a newcomer among warm nodes
         self._nodes[id_] = node
@@ -97,10 +104,11 @@ class Registry:
         return node
 
     def replace_all(self, configs: Iterable[NodeConfig]) -> None:
-        """Make the fleet what the configuration says, keeping the state of nodes that stay."""
+        """Make the fleet what the settings say, keeping the state of nodes that stay, and nodes added at run time."""
         wanted = {NodeId(node_id(config)): config for config in configs}
-        for id_ in [id_ for id_ in self._nodes if id_ not in wanted]:
-            self.remove(id_)
+        for node in list(self._nodes.values()):
+            if node.id not in wanted and not node.added_at_run_time:
+                self.remove(node.id)
         for config in wanted.values():
             self.put(config)
 
@@ -186,16 +194,19 @@ class Registry:
         if node.report is not None and now - node.report_at_s > self._stale_s:
             log.warning("agent.lost", node=node.id, age_s=round(now - node.report_at_s, 1))
             node.report = None
+            node.drained_by_agent = False
+            if node.health.verdict is Verdict.OUT:
+                self._recovered(node, now)
             node.health = HealthState()
             self.touch()
 
     def checked(self, node: Node, up: bool | None, reason: str, now: float) -> None:
         """The verdict of active checks, after `fall` and `rise`."""
+        node.check_reason = reason
         if up == node.check_up:
             return
         was = node.check_up
         node.check_up = up
-        node.check_reason = reason
         if up and was is False:
             log.info("node.recovered", node=node.id)
             self._recovered(node, now)

@@ -18,6 +18,7 @@ from balancer.intake import Head, Intake, given_id
 from balancer.log import get_logger
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
+from balancer.settings import split_address
 from balancer.wire.framing import SAFE_VALUE, DateHeader, status_line
 from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits, InboundRequest
 from balancer.wire.refusal import error_body, retry_after
@@ -96,7 +97,7 @@ class DataPort:
 
     async def start(self) -> None:
         """Listen. Raises OSError with a message for people when the address cannot be had."""
-        host, port = split_address(self._listen)
+        host, port = split_address("listen", self._listen)
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(self._connection(loop), host, port, backlog=4096)
@@ -338,11 +339,3 @@ def _echoed(request: InboundRequest) -> str | None:
     """The client's request id, where it can be echoed."""
     given = request.headers.get(b"x-request-id", b"")
     return given.decode("ascii") if SAFE_VALUE.fullmatch(given) else None
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`host:port` or `[v6]:port`, taken apart. Raises OSError for anything else."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise OSError(f"listen: {address}: must be HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)

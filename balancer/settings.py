@@ -263,6 +263,14 @@ def node_id(node: NodeConfig) -> str:
     return node.id or re.sub(r"^https?://", "", node.url).split("/")[0]
 
 
+def split_address(name: str, address: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[V6]:PORT`, taken apart. Raises OSError that names the setting."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise OSError(f"{name}: {address}: must be HOST:PORT")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
 def load(path: str | None, overrides: Mapping[str, Any]) -> Settings:
     """Read the settings from all sources. Raises SettingsError with a line for each thing that is wrong."""
     _refuse_unknown_variables(os.environ)

@@ -133,7 +133,7 @@ class Traffic:
         """Send no more, and leave the answers under way; they are not counted."""
         await _cancelled(self._sending, *self._tasks)
 
-    def node_was_killed(self) -> set[Sent]:
+    def node_is_killed(self) -> set[Sent]:
         """What is under way just now, streams of which may be cut."""
         for sent in self.under_way:
             sent.may_be_cut = True

@@ -37,6 +37,11 @@ def fleet(*nodes: FakeNode | str, **fields: Any) -> list[dict[str, Any]]:
     ]
 
 
+def paced_node(**spec: Any) -> FakeNode:
+    """A node that sends event after event: an instant one's whole answer comes in one read."""
+    return FakeNode(ttft_s_per_token=0.0, itl_s=0.002, **spec)
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A whole answer; of a stream, everything up to its clean end."""

@@ -14,6 +14,8 @@ import yaml
 
 from balancer.app import App
 from balancer.clock import Clock
+from balancer.core.node import Node
+from balancer.core.request import NodeId
 from balancer.settings import Settings, load
 
 # Short limits, so that what has to time out does so within a test; the checks are as quick as their clock allows.
@@ -61,6 +63,15 @@ class Balancer:
                         await self._finished.wait()
                 except TimeoutError:
                     continue
+
+    def counts(self, metric: str) -> dict[tuple[str, ...], int]:
+        """A counter's series by their label values, without those at 0; `metric` is its name in `Metrics`."""
+        children = getattr(self.app.metrics, metric).children()
+        return {values: int(child.value) for values, child in children if child.value}
+
+    def node(self, id_: str) -> Node:
+        """A node's live state."""
+        return self.app.registry.nodes[NodeId(id_)]
 
     @property
     def address(self) -> tuple[str, int]:

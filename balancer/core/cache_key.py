@@ -74,7 +74,7 @@ def derive(
     kind, written = identity(body, parsed, model, exact)
     parts = [query, kind, written]
     counted = tuple([pair for pair in headers if pair[0] not in LEFT_OUT_HEADERS])
-    remembered = len(model) + sum([len(value) for _, value in counted]) <= REMEMBERED_BYTES
+    remembered = len(model) + sum([len(name) + len(value) for name, value in counted]) <= REMEMBERED_BYTES
     if remembered:
         head = _head(tenant, endpoint, model, revision) + _named(counted)
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from balancer.core.breaker import Breaker
 from balancer.core.health import HealthState, NodeReport, Verdict
@@ -21,13 +23,27 @@ CUT_FLOOR = 0.5
 CUT_S = 10.0
 
 
+def plain_url(url: str) -> str:
+    """`url`, if a node or an agent may have it. Raises ValueError: a user or a query has no meaning there."""
+    parts = urlsplit(url)
+    good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    if not good or "@" in parts.netloc or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("must be http(s)://HOST[:PORT][/PATH], without a user or a query")
+    return url
+
+
+Url = Annotated[str, AfterValidator(plain_url)]
+# It goes into a response header, into logs and into metrics.
+Id = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeConfig:
     """A node as the operator names it."""
 
-    url: str
-    id: str | None = None
-    agent: str | None = None
+    url: Url
+    id: Id | None = None
+    agent: Url | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     models: tuple[str, ...] = ()
@@ -49,6 +65,7 @@ class Node:
     load: Load = field(default_factory=Load)
     drained_by_operator: bool = False
     drained_by_agent: bool = False
+    added_at_run_time: bool = False  # by the admin API: a reload leaves it alone
     listed_models: frozenset[str] | None = None  # from GET /v1/models; None: not heard yet
     health: HealthState = field(default_factory=HealthState)
     report: NodeReport | None = None
@@ -78,7 +95,7 @@ class Node:
     def serves(self, model: str) -> bool | None:
         """Whether it serves `model`; None while nobody knows."""
         known = self.known_models
-        return None if known is None else (model in known or known is ANY_MODEL)
+        return None if known is None else (model in known or "*" in known)
 
     @property
     def drained(self) -> bool:
