@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -14,7 +15,7 @@ from tenacity import AsyncRetrying, RetryCallState
 from balancer.clock import Clock
 from balancer.core.breaker import Permit
 from balancer.core.node import Node
-from balancer.core.outcome import Outcome
+from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Outcome
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
@@ -40,6 +41,10 @@ from balancer.wire.timers import TimerWheel
 
 # When no node may be asked, a client is told to come back after this long: health checks look every second.
 NO_NODE_RETRY_S = 1.0
+
+# A misconfigured node's answers that a client may see, when every node says so. Not 401, 403 or 407: the key they
+# speak of is ours; and no redirect, which would name an inside address.
+SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
 
 
 class Attempt:
@@ -169,10 +174,12 @@ class Attempts:
                 pass  # the last failure stands
         if last.outcome is Outcome.OK or last.outcome is Outcome.REQUEST_ERROR:
             return last
-        return self._passed_on(last, call)
+        return self._passed_on(last, request, call)
 
     def _decide(self, plan: RetryPlan, attempt: Attempt, request: InferenceRequest) -> Retry | GiveUp:
         outcome = attempt.outcome
+        if outcome.ruling.again is not Again.NEVER and not self._has_another(request):
+            return GiveUp("no_node_left")
         sent = attempt.connect_outcome is None
         decision = plan.next(outcome, self._clock.now(), replayable=request.replayable or not sent)
         if isinstance(decision, Retry):
@@ -180,6 +187,11 @@ class Attempts:
         elif decision.reason == "budget":
             self._metrics.retry_budget_exhausted.inc()
         return decision
+
+    def _has_another(self, request: InferenceRequest) -> bool:
+        """Whether some node is left to be tried: without one a retry is neither waited for nor paid."""
+        candidates = self._registry.candidates(request.model, self._clock.now())
+        return any(node.id not in request.tried and node.has_room() for node in candidates.nodes)
 
     async def _try(self, request: InferenceRequest, call: Call) -> Attempt:
         """One attempt, up to its commit point or its failure."""
@@ -199,7 +211,7 @@ class Attempts:
         attempt = Attempt(self, node, permit, answer, call, now)
         try:
             pool, credentials = self._pool(node)
-            connection = pool.idle(now) or await self._connect(pool, attempt)
+            connection = pool.idle(now) or await self._connect(pool, attempt, request.deadline_s - now)
             if connection is not None:
                 self._send(attempt, request, connection, pool, credentials)
                 if not (answer.committed or answer.ended):
@@ -231,12 +243,15 @@ class Attempts:
                 return node, permit
 
     @staticmethod
-    async def _connect(pool: NodePool, attempt: Attempt) -> NodeConnection | None:
+    async def _connect(pool: NodePool, attempt: Attempt, left_s: float) -> NodeConnection | None:
         try:
-            return await pool.connect()
+            async with asyncio.timeout(left_s):
+                return await pool.connect()
         except ConnectFailed as failed:
             attempt.connect_outcome = failed.outcome
-            return None
+        except TimeoutError:
+            attempt.connect_outcome = Outcome.DEADLINE
+        return None
 
     def _send(
         self,
@@ -342,22 +357,26 @@ class Attempts:
         return NoEligibleNode("no node can take this request just now", retry_after_s=NO_NODE_RETRY_S)
 
     def _pushed_back(self, model: str) -> BalancerError:
-        """Every node said so: with 429 it is the client's to slow down, with 503 there is no room."""
+        """Every node said so: with 429 alone it is the client's to slow down, else there is no room."""
         now = self._clock.now()
         resting = [node for node in self._registry.serving(model) if node.blocked_until_s > now]
         wait_s = min((node.blocked_until_s - now for node in resting), default=NO_NODE_RETRY_S)
-        if any(node.blocked_by == 429 for node in resting):
+        if resting and all(node.blocked_by == 429 for node in resting):
             return RateLimited("every node asks for fewer requests", retry_after_s=wait_s)
         return NoEligibleNode("every node is out of room", retry_after_s=wait_s)
 
-    def _passed_on(self, last: Attempt, call: Call) -> Attempt:
-        """The last failure as the client sees it: a node's own 4xx as it came, else an error."""
+    def _passed_on(self, last: Attempt, request: InferenceRequest, call: Call) -> Attempt:
+        """The last failure as the client sees it: a node's own 4xx where all nodes say it, else an error."""
         outcome, answer = last.outcome, last.answer
-        if outcome is Outcome.MISCONFIGURED and answer.status not in (401, 403, 407) and answer.status >= 400:
+        met = {label for _, label, _ in call.attempts}
+        all_say_so = met == {outcome.label} and not self._has_another(request)
+        if outcome is Outcome.MISCONFIGURED and all_say_so and answer.status in SHOWN_STATUS:
             return last
         if outcome is Outcome.BACK_PRESSURE:
-            raise self._pushed_back(call.model)
-        raise failure_of(outcome, answer.message, every=_all_refused(call))
+            if met == {outcome.label}:
+                raise self._pushed_back(call.model)
+            raise NoEligibleNode("no node could take this request just now", retry_after_s=NO_NODE_RETRY_S)
+        raise failure_of(outcome, answer.message, every=met <= _REFUSALS)
 
 
 def _credentials(node: Node) -> bytes:
@@ -375,10 +394,6 @@ _TRUNCATIONS = frozenset(
         Outcome.IDLE_TIMEOUT,
     }
 )
-
-
-def _all_refused(call: Call) -> bool:
-    return all(outcome in _REFUSALS for _, outcome, _ in call.attempts)
 
 
 def failure_of(outcome: Outcome, message: str | None = None, *, every: bool = False) -> BalancerError:

@@ -20,8 +20,6 @@ PR_SET_PDEATHSIG = 1
 END_WITHIN_S = 5.0
 # How often a child that starts is asked whether it is ready.
 ASK_EVERY_S = 0.05
-# How far above a preferred port a free one is looked for.
-PORT_RANGE = 500
 
 
 class CannotRun(Exception):
@@ -29,19 +27,20 @@ class CannotRun(Exception):
 
 
 class Ports:
-    """Ports of 127.0.0.1 to give to children. Each is given once."""
+    """Ports of 127.0.0.1 to give to children, each once; looked for up to `reach` above the one preferred."""
 
-    def __init__(self) -> None:
+    def __init__(self, reach: int = 500) -> None:
+        self._reach = reach
         self._given: set[int] = set()
 
     def take(self, preferred: int) -> int:
         """The preferred port if it is free, else the next free one above. Raises CannotRun."""
-        last = min(preferred + PORT_RANGE, 65535)
+        last = min(preferred + self._reach, 65535)
         for port in range(preferred, last + 1):
             if port not in self._given and _is_free(port):
                 self._given.add(port)
                 return port
-        raise CannotRun(f"no port of 127.0.0.1 is free between {preferred} and {last}")
+        raise CannotRun(f"no port of 127.0.0.1 from {preferred} to {last} is free")
 
 
 class Child:

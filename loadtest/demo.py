@@ -30,6 +30,8 @@ LOOK_EVERY_S = 1.0
 CHECK_EVERY_S = 0.1
 # The balancer asks a node that failed much less than the others for a while after it is back.
 COMEBACK_WITHIN_S = 60.0
+# Of how many lost requests the reason is told at the end.
+LOST_TOLD = 5
 QUESTION = {"model": "sim-model", "messages": [{"role": "user", "content": "Tell me a story."}], "stream": True}
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -118,7 +120,6 @@ def what_runs(fleet: Fleet, logs: Path, *, with_dashboard: bool) -> str:
     dashboard = [f"  dashboard   {fleet.ops_url}/dashboard"] if with_dashboard else []
     return "\n".join(
         (
-            "",
             f"  data port   {fleet.data_url}/v1",
             f"  metrics     {fleet.ops_url}/metrics",
             f"  nodes       {fleet.ops_url}/admin/nodes",
@@ -131,7 +132,6 @@ def what_runs(fleet: Fleet, logs: Path, *, with_dashboard: bool) -> str:
             f"  {shlex.join(ask)}",
             "",
             "Traffic begins. Ctrl-C ends all of it.",
-            "",
         )
     )
 
@@ -230,9 +230,9 @@ class Demo:
             await self._clock.sleep(CHECK_EVERY_S)
 
     def _sum_up(self) -> None:
-        lines = ["", f"in {self._elapsed_s:.0f} s {summary(self._traffic.totals)}"]
-        lines += [f"  lost: {sent.reason}" for sent in self._traffic.lost[:5]]
-        self._screen.say("\n".join(lines))
+        self._screen.leave()
+        lost = [f"lost: {sent.reason}" for sent in self._traffic.lost[:LOST_TOLD]]
+        self._screen.say("\n".join((f"{self._elapsed_s:.0f} s in all: {summary(self._traffic.totals)}", *lost)))
 
 
 def _account(under_way: set[Sent]) -> str:

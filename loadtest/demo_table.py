@@ -46,10 +46,11 @@ def compact(rows: Sequence[NodeRow], totals: Totals, elapsed_s: float) -> str:
 
 
 def summary(totals: Totals) -> str:
-    """All counts in words."""
-    cut = f" + {totals.cut} cut mid-way" if totals.cut else ""
-    failed = totals.failed + totals.broken
-    return f"{totals.requests} requests: {failed} failed{cut}, {totals.retried} retried, {totals.cache_hits} cache hits"
+    """All counts."""
+    return (
+        f"requests {totals.requests}, failed {totals.failed + totals.broken}, cut mid-way {totals.cut}, "
+        f"retried {totals.retried}, cache hits {totals.cache_hits}"
+    )
 
 
 class Screen:
@@ -65,6 +66,10 @@ class Screen:
     def say(self, text: str) -> None:
         """Text that stays; the table comes back below it with the next look."""
         self._write([*text.splitlines(), ""] if self._is_terminal else text.splitlines())
+
+    def leave(self) -> None:
+        """Let the table stand as it is: what is said from now on goes below it."""
+        self._drawn = 0
 
     def show(self, rows: Sequence[NodeRow], totals: Totals, elapsed_s: float) -> None:
         """One look at everything."""

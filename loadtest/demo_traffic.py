@@ -197,6 +197,7 @@ class Traffic:
             elif sent.streams:
                 await self._read_stream(sent, response)
             else:
+                sent.first_byte_s = self._clock.now()
                 orjson.loads(await response.read())["choices"][0]["message"]["content"]
                 sent.end = End.WHOLE
 
@@ -206,7 +207,7 @@ class Traffic:
             if sent.first_byte_s is None:
                 sent.first_byte_s = self._clock.now()
             if line.rstrip() == b"data: [DONE]":
-                sent.end = End.WHOLE
+                sent.end = sent.end or End.WHOLE
             elif line.startswith(b'data: {"error"'):
                 sent.end, sent.reason = End.CUT, line.decode(errors="replace").strip()
         if sent.end is None:

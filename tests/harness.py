@@ -24,6 +24,8 @@ QUICK: Mapping[str, Any] = {
     "health": {"interval_s": 0.2, "timeout_s": 0.5},
     "retry": {"base_s": 0.001},
 }
+# No checks after the first one and no cache: whatever a test sees, its own requests did it.
+QUIET: Mapping[str, Any] = {"health": {"interval_s": 1000.0}, "cache": {"enabled": False}}
 
 
 class Balancer:

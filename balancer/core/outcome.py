@@ -23,6 +23,7 @@ class Again(Enum):
     """Whether the request may be tried on another node, before anything of the answer reached the client."""
 
     FREE = "free"  # nothing was burnt: no wait, no budget, no attempt counted
+    ELSEWHERE = "elsewhere"  # the node did no work for it: at once, within the retry budget, no attempt counted
     BUDGET = "budget"  # within `max_attempts`, the retry budget and the back-off
     NEVER = "never"
 
@@ -94,8 +95,8 @@ RULINGS: Mapping[Outcome, Ruling] = {
     # The caller's time ran out. A slow node is seen by its load and its latency, not by a caller in a hurry.
     Outcome.DEADLINE: Ruling(fault=Fault.NOBODY, again=Again.NEVER, breaker=None),
     Outcome.REQUEST_ERROR: Ruling(fault=Fault.REQUEST, again=Again.NEVER, breaker=True),
-    Outcome.MISCONFIGURED: Ruling(fault=Fault.NODE, again=Again.BUDGET, breaker=False, failure_price=True),
-    Outcome.BACK_PRESSURE: Ruling(fault=Fault.NOBODY, again=Again.BUDGET, breaker=None, cut_weight=True),
+    Outcome.MISCONFIGURED: Ruling(fault=Fault.NODE, again=Again.ELSEWHERE, breaker=False, failure_price=True),
+    Outcome.BACK_PRESSURE: Ruling(fault=Fault.NOBODY, again=Again.ELSEWHERE, breaker=None, cut_weight=True),
     Outcome.SERVER_ERROR: _NODE,
     Outcome.BAD_FRAMING: _NODE,
     Outcome.BAD_ENCODING: _NODE,

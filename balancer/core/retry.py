@@ -56,15 +56,17 @@ class RetryPlan:
             return GiveUp("not_replayable")
         if again is Again.FREE:
             return Retry(0.0) if now < self.deadline_s else GiveUp("deadline")
+        if again is Again.ELSEWHERE:
+            return self._paid(0.0, now)
         self.counted += 1
         if self.counted >= self.policy.max_attempts:
             return GiveUp("max_attempts")
-        after_s = self._backoff_s()
+        return self._paid(self._backoff_s(), now)
+
+    def _paid(self, after_s: float, now: float) -> Retry | GiveUp:
         if now + after_s >= self.deadline_s:
             return GiveUp("deadline")
-        if not self.budget.try_spend(now):
-            return GiveUp("budget")
-        return Retry(after_s)
+        return Retry(after_s) if self.budget.try_spend(now) else GiveUp("budget")
 
     def _backoff_s(self) -> float:
         """Exponential, half of it jitter, so that the victims of one death do not arrive together."""

@@ -302,7 +302,6 @@ class Answer:
             self._wheel.watch(self)
         elif self._kind is _SSE and not self.committed:
             self._commit(now)
-            self._wheel.watch(self)
         elif self.first_byte_s == 0.0:
             self._fail(Outcome.FIRST_BYTE_TIMEOUT if self._streaming else Outcome.UNARY_TIMEOUT)
         elif self._streaming or self.committed:
@@ -368,7 +367,7 @@ class Answer:
 
     def _commit(self, now: float) -> None:
         self.committed = True
-        self.due_s = self._next_due(now)
+        self._due_sooner(now + self._limits.idle_s)
         self._wake()
 
     @property

@@ -16,7 +16,7 @@ import httptools
 from pydantic import Field
 
 from balancer.errors import BadRequest, BalancerError, ClientError, QueueFull, TooLarge
-from balancer.wire.framing import CHUNK_END, CONTINUE, chunk
+from balancer.wire.framing import CHUNK_END, CONTINUE, chunk, header_lines
 from balancer.wire.heads import split
 from balancer.wire.timers import TimerWheel, Watched
 
@@ -196,6 +196,7 @@ class InboundConnection(asyncio.Protocol):
         "_target",
         "_task",
         "_transport",
+        "_upgrading",
         "_wheel",
         "_working",
         "bucket",
@@ -237,6 +238,7 @@ class InboundConnection(asyncio.Protocol):
         self._accepted = False  # the head being read has passed
         self._expects = False
         self._refused = False  # nothing more is read from here
+        self._upgrading = False  # the head being read asks for an upgrade
         self._closing = False
         self.due_s = 0.0
         self.bucket: set[Watched] | None = None
@@ -408,6 +410,9 @@ class InboundConnection(asyncio.Protocol):
         parser = self._parser
         request.method = parser.get_method()
         request.target = self._target
+        if parser.should_upgrade() and request.method != b"CONNECT":
+            self._upgrading = True  # llhttp would take the body for another protocol's bytes: see _feed
+            return
         request.version = parser.get_http_version()
         request.keep_alive = parser.should_keep_alive()
         if self._head_bytes + len(self._target) > self._limits.head_bytes:
@@ -439,7 +444,7 @@ class InboundConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request = self._receiving
-        if request is None or self._refused:
+        if request is None or self._refused or self._upgrading:
             return
         self._receiving = None
         body = self._body
@@ -503,8 +508,9 @@ class InboundConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._parser = httptools.HttpRequestParser(self)  # Upgrade is ignored
-            self._feed_later(data[upgrade.args[0] :])
+            if self._upgrading and self._receiving is not None:
+                self._parse_without_upgrade(self._receiving, data[upgrade.args[0] :])
+            return
         except httptools.HttpParserInvalidMethodError:
             self._refuse(ClientError("no such method", status=405, code="method_not_allowed"))
         except httptools.HttpParserError as error:
@@ -513,11 +519,15 @@ class InboundConnection(asyncio.Protocol):
         if self._working is None and not self._refused and self._receiving is not None:
             self._watch_receiving(self._receiving, len(data))
 
-    def _feed_later(self, data: bytes) -> None:
-        if self._working is not None:
-            self._backlog = data + self._backlog
-        elif data and not self._refused:
-            self._feed(data)
+    def _parse_without_upgrade(self, request: InboundRequest, rest: bytes) -> None:
+        """Upgrade is ignored: the same head is parsed once more without it, then what follows is a body again."""
+        self._upgrading = False
+        self._receiving = None
+        self._parser = httptools.HttpRequestParser(self)
+        lines = header_lines(
+            pair for pair in request.headers.items() if pair[0] not in (b"upgrade", b"connection", b"http2-settings")
+        )
+        self._feed(b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method, request.target, lines) + rest)
 
     def _closing_after_work(self) -> bool:
         """Bytes behind a request with `Connection: close` are nobody's."""

@@ -116,6 +116,17 @@ def test_tool_calls_are_assembled_by_index() -> None:
     }
 
 
+def test_a_tool_call_has_one_name_and_one_id() -> None:
+    def told(**again: Any) -> Any:
+        first = {"index": 0, "id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        pieces = [delta({"tool_calls": [call]}) for call in (first, {"index": 0, **again})]
+        return unary(*pieces, delta({}, "tool_calls"), USAGE_EVENT)
+
+    assert told(id="t", function={"name": "", "arguments": ""}) is not None
+    assert told(id="other") is None
+    assert told(function={"name": "f"}) is None
+
+
 def test_logprobs_and_token_ids_are_strung_together() -> None:
     pieces = [
         delta({"content": "a"}, logprobs={"content": [1], "refusal": None}, token_ids=[1, 2]),
@@ -174,6 +185,8 @@ def test_usage_in_the_last_event_with_choices_counts_and_earlier_figures_do_not(
         STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":[{"function":{"name":"f"}}]}'),
         STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":[{"index":0,"function":{"name":"f"}}]}'),
         STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":[{"index":0,"id":"t","custom":{"input":"x"}}]}'),
+        STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":[{"index":0,"id":"t","function":{"name":"f","x":1}}]}'),
+        STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":[{"index":0,"id":"t","function":{"name":1}}]}'),
         STREAM.replace(b'{"content":"Hel"}', b'{"tool_calls":"f"}'),
         STREAM.replace(b'{"content":"Hel"},', b'{"content":"Hel"},"probs":[1],'),
         STREAM.replace(b'{"content":"Hel"},', b'{"content":"Hel"},"logprobs":[1],'),
@@ -281,6 +294,14 @@ TOOL = {"id": "t", "type": "function", "function": {"name": "f", "arguments": "{
 )
 def test_an_answer_that_no_stream_can_say_is_refused(changes: dict[str, Any]) -> None:
     assert unary_to_stream(orjson.dumps({**UNARY, **changes}), chat=True, include_usage=False) is None
+
+
+@pytest.mark.parametrize("text", [None, 1, ["a"]])
+def test_a_completion_without_text_is_refused(text: Any) -> None:
+    choices = [{"index": 0, "text": text, "finish_reason": "stop"}]
+    body = orjson.dumps({**UNARY, "object": "text_completion", "choices": choices})
+
+    assert unary_to_stream(body, chat=False, include_usage=False) is None
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"1", b'"x"', b"{", b"null", b"{}"])

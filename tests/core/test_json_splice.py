@@ -140,3 +140,9 @@ def test_numbers_of_any_length_and_values_of_any_depth_pass() -> None:
     body = b'{"seed":' + digits + b',"model":' + deep + b',"x":' + deep + b"}"
 
     assert replace_member(body, "model", "b") == b'{"seed":' + digits + b',"model":"b","x":' + deep + b"}"
+
+
+@pytest.mark.parametrize("body", [b'{"a":[1', b'{"a":1', b'{"a"', b'{"a":"x', b"{", b"{ "])
+def test_what_is_no_json_is_an_error_and_no_endless_loop(body: bytes) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        repeated_members(body)

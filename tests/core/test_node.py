@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from balancer.core.breaker import Breaker, BreakerPolicy
 from balancer.core.health import HealthState, NodeReport, Verdict
-from balancer.core.node import ANY_MODEL, CUT_FLOOR, CUT_S, NODE_STATES, RAMP_FLOOR, RAMP_S, Node, NodeConfig
+from balancer.core.node import ANY_MODEL, CUT_FLOOR, CUT_S, NODE_STATES, RAMP_FLOOR, RAMP_S, Node, NodeConfig, plain_url
 from balancer.core.request import NodeId
 
 
@@ -189,3 +189,23 @@ def test_it_tells_its_state() -> None:
     node.load.begin()
 
     assert repr(node) == "<Node n ready rif=1 breaker=closed>"
+
+
+# Where it is
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.7:8000", "https://gpu-7", "http://[::1]:8000/prefix", "http://n:1/"])
+def test_a_plain_url_is_taken_as_it_is(url: str) -> None:
+    assert plain_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("", "n:1", "ftp://n", "http://", "http://:80", "http://user@n", "http://n?x=1", "http://n#x", "http://n:0"),
+        *("http://n:99999", "http://n:x", "http://n/a b", "http://n\r\nx: y", "http://gpü"),
+    ],
+)
+def test_a_url_with_anything_else_in_it_is_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        plain_url(url)

@@ -47,6 +47,16 @@ def test_a_failure_uses_up_one_of_the_attempts(outcome: Outcome) -> None:
     assert decisions[-1] == GiveUp("max_attempts")
 
 
+@pytest.mark.parametrize("outcome", [Outcome.MISCONFIGURED, Outcome.BACK_PRESSURE], ids=lambda outcome: outcome.label)
+def test_a_node_that_did_no_work_costs_the_budget_and_no_attempt(outcome: Outcome) -> None:
+    retrying = plan(floor=0.5)
+
+    decisions = [retrying.next(outcome, 0.0) for _ in range(6)]
+
+    assert decisions == [Retry(0.0)] * 5 + [GiveUp("budget")]
+    assert retrying.counted == 0
+
+
 def test_refusals_on_the_way_leave_all_attempts() -> None:
     retrying = plan(max_attempts=2)
     retrying.next(Outcome.REFUSED, 0.0)

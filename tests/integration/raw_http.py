@@ -1,11 +1,11 @@
-"""HTTP/1.1 by hand: requests as bytes, answers taken apart without mercy, and a node that says exactly what it is told."""
+"""HTTP/1.1 by hand: requests as bytes, and answers taken apart without mercy."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -151,6 +151,13 @@ class Wire:
                 return Answer(int(status[1]), headers, interim=interim)
             assert headers == []
             interim.append(int(status[1]))
+
+    async def interim(self) -> int:
+        """The status of an answer before the answer."""
+        async with asyncio.timeout(WITHIN_S):
+            head = await self._reader.readuntil(b"\r\n\r\n")
+        assert re.fullmatch(rb"HTTP/1\.1 1\d\d [\x20-\x7e]*\r\n\r\n", head), head
+        return int(head[9:12])
 
     async def answer(self, *, to_head: bool = False) -> Answer:
         """The next answer, whole; its framing has to be beyond doubt."""

@@ -34,16 +34,13 @@ Script = Callable[["ScriptedNode", asyncio.StreamWriter], Awaitable[None]]
 def ok(body: Any, *lines: str, status: str = "200 OK", kind: str = "application/json") -> bytes:
     """A whole answer."""
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-    head = "\r\n".join(
-        [f"HTTP/1.1 {status}", f"content-type: {kind}", f"content-length: {len(payload)}", *lines, "", ""]
-    )
-    return head.encode("latin-1") + payload
+    told = [f"content-type: {kind}", f"content-length: {len(payload)}", *lines]
+    return "\r\n".join([f"HTTP/1.1 {status}", *told, "", ""]).encode("latin-1") + payload
 
 
 def stream_head(*lines: str, kind: str = "text/event-stream") -> bytes:
-    return "\r\n".join(
-        ["HTTP/1.1 200 OK", f"content-type: {kind}", "transfer-encoding: chunked", *lines, "", ""]
-    ).encode()
+    told = [f"content-type: {kind}", "transfer-encoding: chunked", *lines]
+    return "\r\n".join(["HTTP/1.1 200 OK", *told, "", ""]).encode("latin-1")
 
 
 def streamed(*events: bytes) -> bytes:
@@ -82,7 +79,7 @@ class ScriptedNode:
     @property
     def url(self) -> str:
         assert self._server is not None
-        return "http://127.0.0.1:{}".format(self._server.sockets[0].getsockname()[1])
+        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Until `condition` holds, looked at whenever a request came or ended."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
-from tests.answering import dead_url
+from tests.answering import dead_url, full_url
 from tests.client import Client, chat, client_of, fleet, paced_node
-from tests.harness import running
+from tests.harness import QUIET, running
 
 # Limits for what hangs. Healthy answers come at once, so that these only have to be out of a slow machine's reach.
-SHORT = {"first_byte_s": 0.5, "unary_s": 0.5, "idle_s": 0.5}
-ONCE = {"health": {"interval_s": 1000.0}}
+SHORT = {"first_byte_s": 0.4, "unary_s": 0.4, "idle_s": 0.4}
 
 UNARY, STREAM = chat("a question"), chat("a question", stream=True)
 # Fault, request, outcome, and what the client sees when there is no other node.
@@ -72,18 +68,6 @@ def name(value: Any) -> str | None:
     return None if isinstance(value, str) else ""
 
 
-@contextmanager
-def node_that_accepts_nothing() -> Iterator[str]:
-    """A URL where the kernel drops what wants to connect, since its queue is full: no answer and no refusal."""
-    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for filler in (first, second):
-            filler.setblocking(False)
-            filler.connect_ex(full.getsockname())
-        yield f"http://127.0.0.1:{full.getsockname()[1]}"
-
-
 def shows_no_address(told: bytes) -> bool:
     return b"127.0.0.1" not in told and b"http://" not in told
 
@@ -94,7 +78,7 @@ async def test_a_failure_before_the_commit_point_is_an_answer_from_another_node(
 ) -> None:
     async with FakeNode(instant=True) as sick, FakeNode(instant=True) as well:
         sick.faults.add(fault)
-        async with running(*fleet(sick, well), timeouts=SHORT, **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*fleet(sick, well), timeouts=SHORT, **QUIET) as balancer, client_of(balancer.url) as client:
             reply = await client.post(body)
         assert (reply.is_whole, reply.node, reply.attempts) == (True, "b", 2)
         assert reply.text == well.expected_text(body)
@@ -112,7 +96,7 @@ async def test_a_failure_of_the_only_node_is_an_error_answer_that_names_no_addre
 ) -> None:
     async with FakeNode(instant=True) as sick:
         sick.faults.add(fault)
-        async with running(*fleet(sick), timeouts=SHORT, **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*fleet(sick), timeouts=SHORT, **QUIET) as balancer, client_of(balancer.url) as client:
             reply = await client.post(body)
         assert (reply.status, reply.code, reply.attempts) == (*alone, 1)
         assert reply.headers["Content-Type"] == "application/json"
@@ -129,7 +113,7 @@ async def test_a_stream_that_breaks_ends_with_one_error_event_and_is_sent_to_no_
 ) -> None:
     async with paced_node() as sick, FakeNode(instant=True) as well:
         sick.faults.add(fault)
-        async with running(*fleet(sick, well), timeouts=SHORT, **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*fleet(sick, well), timeouts=SHORT, **QUIET) as balancer, client_of(balancer.url) as client:
             reply = await client.post(STREAM)
         assert (reply.status, reply.code, reply.node, reply.attempts) == (200, code, "a", 1)
         assert "[DONE]" not in reply.events
@@ -148,7 +132,7 @@ async def test_a_stream_that_breaks_ends_with_one_error_event_and_is_sent_to_no_
 
 async def test_a_refused_connection_is_an_answer_from_another_node() -> None:
     async with FakeNode(instant=True) as gone, FakeNode(instant=True) as well:
-        async with running(*fleet(gone, well), **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*fleet(gone, well), **QUIET) as balancer, client_of(balancer.url) as client:
             await balancer.wait_for(lambda: balancer.node("a").check_up is True)
             gone.die()
             reply = await client.post(UNARY)
@@ -159,7 +143,7 @@ async def test_a_refused_connection_is_an_answer_from_another_node() -> None:
 @pytest.mark.parametrize("alone", [False, True])
 async def test_a_connection_that_is_never_made_is_given_up_after_connect_s(alone: bool) -> None:
     settings: dict[str, Any] = {"timeouts": {"connect_s": 0.2}, "health": {"interval_s": 1000.0, "timeout_s": 1000.0}}
-    with node_that_accepts_nothing() as full:
+    with full_url() as full:
         async with FakeNode(instant=True) as well:
             nodes = fleet(full) if alone else fleet(full, well)
             async with running(*nodes, **settings) as balancer, client_of(balancer.url) as client:
@@ -175,7 +159,7 @@ async def test_a_connection_that_is_never_made_is_given_up_after_connect_s(alone
 async def test_a_name_without_an_address_is_a_node_that_refuses() -> None:
     async with FakeNode(instant=True) as well:
         nodes = fleet("http://no-such-name.invalid:8000", well)
-        async with running(*nodes, **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*nodes, **QUIET) as balancer, client_of(balancer.url) as client:
             replies = await client.many(5)
         assert all(reply.is_whole and reply.node == "b" for reply in replies)
 
@@ -190,7 +174,7 @@ async def leaves_in_the_middle(client: Client, sick: FakeNode) -> None:
 async def test_a_client_that_leaves_is_nobodys_failure_and_frees_the_slot() -> None:
     async with paced_node() as node, FakeNode(instant=True) as other:
         node.faults.add(Fault("hang", after_events=3))
-        async with running(*fleet(node, other), **ONCE) as balancer, client_of(balancer.url) as client:
+        async with running(*fleet(node, other), **QUIET) as balancer, client_of(balancer.url) as client:
             await leaves_in_the_middle(client, node)
             await balancer.wait_for(lambda: len(balancer.requests) == 1)
             assert balancer.counts("attempts") == {("a", "client_gone"): 1}
