@@ -152,6 +152,7 @@ class App:
             timeout_s=settings.redis.timeout_s,
             clock=self._clock,
             on_error=lambda op: self.metrics.store_errors.of(op).inc(),
+            max_value_bytes=settings.cache.max_entry_bytes + 4096,  # what is said about an entry stands before it
         )
 
     # -- life

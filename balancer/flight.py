@@ -87,6 +87,8 @@ class Flight:
         else:
             error = failure_of(outcome, answer.message)
             for client in self._subscribers:
+                if answer.mid_event:
+                    client.write(b"\n\n")
                 client.fail(error)
 
     def _collect(self, data: bytes) -> None:

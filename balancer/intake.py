@@ -182,7 +182,7 @@ class Intake:
             raise BadRequest(f"the body is not JSON: {error}", code="invalid_json") from None
         if not isinstance(parsed, dict):
             raise BadRequest("the body must be a JSON object", code="invalid_json")
-        is_exact = cache_key.is_exact(body, parsed)
+        is_exact = len(body) <= cache_key.CANONICAL_BYTES and cache_key.is_exact(body, parsed)
         if not is_exact and json_splice.repeated_members(body):
             raise BadRequest("the body has a name twice, which can be read two ways", code="invalid_json")
         return parsed, is_exact

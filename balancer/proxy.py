@@ -31,14 +31,26 @@ class Proxy:
 
     def begin(self, request: InferenceRequest, inbound: InboundRequest, call: Call) -> Coroutine[Any, Any, None] | None:
         """Serve a request from this process's memory at once (None), or return what is left to do."""
-        client = ClientStream(inbound, request, call, self._clock, self._date)
-        plan = self._cache.plan(request)
+        client = self._client(inbound, request, call)
+        plan = self.plan(request)
         call.cache_reason = plan.reason
         if plan.read and self._cache.is_local:
             if self._replayed(self._cache.lookup_local(plan, request), client):
                 return None
             plan.read = False
         return self.handle(request, plan, client)
+
+    def plan(self, request: InferenceRequest) -> Plan:
+        """What the cache will do for a request; hashes its body."""
+        return self._cache.plan(request)
+
+    async def serve(self, request: InferenceRequest, plan: Plan, inbound: InboundRequest, call: Call) -> None:
+        """`begin`, where the plan is made already."""
+        call.cache_reason = plan.reason
+        await self.handle(request, plan, self._client(inbound, request, call))
+
+    def _client(self, inbound: InboundRequest, request: InferenceRequest, call: Call) -> ClientStream:
+        return ClientStream(inbound, request, call, self._clock, self._date)
 
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""

@@ -49,6 +49,8 @@ _ENDPOINTS = (
     Endpoint(path="/v1/images/generations", name="images", samples=True),
 )
 ENDPOINTS = {endpoint.path.encode(): endpoint for endpoint in _ENDPOINTS}
+# Larger bodies are understood in a thread.
+LARGE_BODY_BYTES = 1024 * 1024
 # The status in logs and metrics of a request whose client left before anything was sent (nginx's number for it).
 CLIENT_LEFT = 499
 # Answered here, by GET and HEAD.
@@ -181,6 +183,8 @@ class DataPort:
         try:
             if self.closing:
                 raise Draining("this balancer is shutting down", retry_after_s=1.0)
+            if len(request.body) > LARGE_BODY_BYTES:
+                return self._finish(request, call, self._serve_large(request, call))
             inference = self._intake.understand(request, call.id)
             call.model, call.stream = inference.model, inference.stream
             work = self._proxy.begin(inference, request, call)
@@ -195,10 +199,21 @@ class DataPort:
         self._journal.close(call)
         return None
 
+    async def _serve_large(self, request: InboundRequest, call: Call) -> None:
+        """Parse and hash a large body in a thread, so that small requests need not wait for it."""
+        loop = asyncio.get_running_loop()
+        inference = await loop.run_in_executor(None, self._intake.understand, request, call.id)
+        call.model, call.stream = inference.model, inference.stream
+        plan = await loop.run_in_executor(None, self._proxy.plan, inference)
+        await self._proxy.serve(inference, plan, request, call)
+
     async def _finish(self, request: InboundRequest, call: Call, work: Coroutine[Any, Any, None]) -> None:
         """Carry a request to its end; never raises, but for a cancellation that is not ours."""
         try:
             await work
+        except BalancerError as error:
+            call.failed(error)
+            request.send(self._error(request, error, call.id), b"")
         except asyncio.CancelledError:
             if request.left:
                 call.status = call.status or CLIENT_LEFT

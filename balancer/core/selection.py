@@ -81,7 +81,7 @@ def pick(
 ) -> Node | None:
     """One node among the candidates that has room and was not tried; None when there is none."""
     nodes: Sequence[Node] = candidates.nodes
-    if len(nodes) > FULL_SCAN:
+    if len(nodes) > FULL_SCAN and not isinstance(choose, RoundRobin):
         nodes = rng.sample(nodes, SAMPLE)
     usable = [node for node in nodes if node.has_room() and node.id not in excluded]
     if not usable and len(candidates.nodes) > len(nodes):

@@ -173,6 +173,11 @@ class Answer:
         return self._limits.return_headers
 
     @property
+    def mid_event(self) -> bool:
+        """Whether the client's stream stands inside an event that will not end."""
+        return self.is_stream and self._scanner is not None and self._scanner.mid_event
+
+    @property
     def withheld(self) -> list[bytes]:
         """Events that the client did not ask for."""
         return (self._scanner.withheld or []) if self._scanner is not None else []

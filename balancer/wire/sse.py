@@ -6,6 +6,7 @@ only reads with a landmark in them (an end, a usage, an error) are taken apart. 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,14 @@ def usage_of(body: Any) -> Usage | None:
     if type(prompt) is not int or type(completion) is not int:
         return None
     return Usage(prompt, completion, cached if type(cached) is int else 0)
+
+
+def _parse(payload: bytes) -> Any:
+    """The JSON of an event; half of an emoji, escaped, whose other half is in the next event, is taken as it is."""
+    try:
+        return orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return json.loads(payload)
 
 
 class StreamScanner:
@@ -95,6 +104,11 @@ class StreamScanner:
         if self.outcome is not None:
             return self.outcome
         return Outcome.OK if self.good_end else self.missing()
+
+    @property
+    def mid_event(self) -> bool:
+        """Whether what was handed on so far ends inside an (oversized) event."""
+        return self._part is not None
 
     def remarkable(self, data: bytes) -> bool:
         """Whether a read has to be taken apart. False positives cost time, false negatives are bugs."""
@@ -160,8 +174,8 @@ class StreamScanner:
         if payload == DONE:
             return self.on_done()
         try:
-            body = orjson.loads(payload)
-        except orjson.JSONDecodeError:
+            body = _parse(payload)
+        except ValueError:
             self.outcome = Outcome.BAD_BODY
             return False
         if isinstance(body, dict) and (error := body.get("error")) is not None and not self.error_is_content(body):

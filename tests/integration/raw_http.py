@@ -205,6 +205,11 @@ class Wire:
                 pass
         return got
 
+    @property
+    def pending(self) -> bytes:
+        """What has come and was not read."""
+        return bytes(self._reader._buffer)  # type: ignore[attr-defined]
+
     def half_close(self) -> None:
         self.writer.write_eof()
 

@@ -142,3 +142,26 @@ class ScriptedNode:
         assert not any(name.lower() == "transfer-encoding" for name, _ in headers)
         body = await reader.readexactly(int(lengths[0])) if lengths else b""
         return method, Received(target, headers, body)
+
+
+class Steps:
+    """A script that says its parts one by one, each when `go` is called; then does what `then` says."""
+
+    def __init__(self, *parts: bytes, then: Callable[[asyncio.StreamWriter], object] | None = None) -> None:
+        self._parts = parts
+        self._then = then
+        self._permits = asyncio.Semaphore(0)
+
+    def go(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self._permits.release()
+
+    async def __call__(self, node: ScriptedNode, writer: asyncio.StreamWriter) -> None:
+        for part in self._parts:
+            await self._permits.acquire()
+            writer.write(part)
+        await self._permits.acquire()
+        if self._then is not None:
+            self._then(writer)
+        else:
+            await asyncio.Event().wait()

@@ -79,7 +79,9 @@ async def test_when_all_say_429_the_client_gets_the_smallest_retry_after() -> No
         assert first.json["error"]["type"] == "rate_limit_error"
         assert (second.status, second.code, second.attempts) == (429, "rate_limited", 0)
         assert second.retry_after_s == 30
-        assert [len(node.requests) for node in (a, b, c)] == [1, 1, 1], "nobody is asked while all want to be left alone"
+        assert [len(node.requests) for node in (a, b, c)] == [1, 1, 1], (
+            "nobody is asked while all want to be left alone"
+        )
 
 
 async def test_when_all_say_503_there_is_no_eligible_node() -> None:

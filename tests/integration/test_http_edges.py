@@ -219,6 +219,14 @@ async def test_upgrade_is_ignored_and_the_body_is_a_body(balancer: Balancer, nod
     assert all(request.header("upgrade") is None for request in node.requests)
 
 
+async def test_what_else_connection_says_holds_for_an_upgrade(balancer: Balancer, node: FakeNode) -> None:
+    wire = await Wire.to(balancer)
+    answer = await wire.ask(post(chat(), CHAT, "Upgrade: h2c", "Connection: Upgrade, Baggage, close", "Baggage: a=b"))
+    assert (answer.status, answer.header("connection")) == (200, "close")
+    assert await wire.ends() == b""
+    assert node.requests[0].header("baggage") is None
+
+
 async def test_the_body_of_an_upgrade_is_never_read_as_a_request(balancer: Balancer, node: FakeNode) -> None:
     wire = await Wire.to(balancer)
     hidden = post(chat("hidden"))
