@@ -147,6 +147,7 @@ class Books:
         "_tpot_wxx",
         "_tpot_wxy",
         "_tpot_wy",
+        "_unary_queued",
         "_uncached_mean",
         "_worked_s",
         "context_tokens",
@@ -182,7 +183,8 @@ class Books:
         self.kv_tokens = kv_tokens if kv_tokens and kv_tokens > 0 else math.inf  # capacity; inf: not known
         self.kv_block_tokens: float | None = None
 
-        self._fifo: deque[Sent] = deque()  # prompts not yet read, oldest first; those no longer queued are skipped
+        self._fifo: dict[Sent, None] = {}  # prompts not yet read, oldest first
+        self._unary_queued = 0  # those of them that will show no first token
         self.head_tokens = 0  # of the prompt being read; 0: none
         self.head_from_s = 0.0  # since when
         self.head_paced = False  # unary: no first token will tell when it is read, the pace does
@@ -282,8 +284,10 @@ class Books:
         sent = Sent(work, tokens, context, self.context_tokens + context, expected_s, now)
         if not self.queued_tokens:
             self._loose_tokens = 0  # it was idle in between
-        self._fifo.append(sent)
+        self._fifo[sent] = None
         self.queued_tokens += tokens
+        if work.generates and not work.streams:
+            self._unary_queued += 1
         if not self.head_tokens:
             self._next_head()
         self._uncached_mean += 0.05 * (tokens - self._uncached_mean)
@@ -337,7 +341,7 @@ class Books:
     def advance(self, now: float) -> None:
         """Take off unary prompts that the node has read by now, going by its own pace. Costs nothing otherwise."""
         while self.head_paced and now - self.head_from_s >= self.s_per_token * self.head_tokens:
-            head = self._fifo[0]
+            head = next(iter(self._fifo))
             end_s = self.head_from_s + self.s_per_token * self.head_tokens
             if not self._loose_tokens:
                 self._loose_from_s = self.head_from_s
@@ -397,7 +401,7 @@ class Books:
     def _close(self, sent: Sent, now: float) -> None:
         sent.open = False
         if sent.queued:
-            if self._fifo[0] is sent:
+            if next(iter(self._fifo)) is sent:
                 self._worked_s = max(self._worked_s, now)  # the time so far was spent on it
             self._take_off(sent, now)
         self._count(-1, -sent.context, now)
@@ -407,32 +411,33 @@ class Books:
         sent.queued = False
         sent.read_s = read_s
         sent.context_before = self.context_tokens
+        del self._fifo[sent]
         self.queued_tokens -= sent.tokens
+        if sent.generates and not sent.streams:
+            self._unary_queued -= 1
         self._next_head()
 
     def _take_off_unary_before(self, sent: Sent, now: float) -> None:
         """Engines read prompts in the order they came: what is unary and came earlier is read as well."""
+        if not self._unary_queued:
+            return
         for earlier in list(self._fifo):
             if earlier is sent:
                 return
-            if earlier.queued and earlier.generates and not earlier.streams:
+            if earlier.generates and not earlier.streams:
                 if not self._loose_tokens:
                     self._loose_from_s = max(earlier.sent_s, self._worked_s)
                 self._loose_tokens += earlier.tokens
                 self._take_off(earlier, now)
 
     def _next_head(self) -> None:
-        fifo = self._fifo
-        while fifo and not fifo[0].queued:
-            fifo.popleft()
-        if fifo:
-            head = fifo[0]
+        for head in self._fifo:
             self.head_tokens = head.tokens
             self.head_from_s = max(head.sent_s, self._worked_s)
             self.head_paced = head.generates and not head.streams
-        else:
-            self.head_tokens = 0
-            self.head_paced = False
+            return
+        self.head_tokens = 0
+        self.head_paced = False
 
     def _read(self, sent: Sent, now: float, correction: float) -> None:
         """Its first token came, or the whole answer of what does not generate: the node read it and all before."""

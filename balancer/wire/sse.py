@@ -56,7 +56,11 @@ def _parse(payload: bytes) -> Any:
     try:
         return orjson.loads(payload)
     except orjson.JSONDecodeError:
-        return json.loads(payload)
+        return json.loads(payload, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 class StreamScanner:
@@ -175,7 +179,7 @@ class StreamScanner:
             return self.on_done()
         try:
             body = _parse(payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             self.outcome = Outcome.BAD_BODY
             return False
         if isinstance(body, dict) and (error := body.get("error")) is not None and not self.error_is_content(body):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -174,7 +174,7 @@ class Wire:
             return answer
         assert coding == "chunked"
         answer.chunks = []
-        while part := await self.chunk():
+        async for part in self.chunks():
             answer.chunks.append(part)
         answer.body = b"".join(answer.chunks)
         return answer
@@ -188,6 +188,11 @@ class Wire:
             data = await self._reader.readexactly(size + 2)
         assert data.endswith(b"\r\n")
         return data[:-2]
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """All chunks up to the clean end of the body."""
+        while part := await self.chunk():
+            yield part
 
     async def ends(self) -> bytes:
         """Everything up to the end of the connection, which has to be a FIN."""
