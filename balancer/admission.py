@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from balancer.clock import Clock
 from balancer.core.admission_queue import AdmissionQueue, Ticket
 from balancer.core.cache_key import limit_name
 from balancer.core.request import InferenceRequest, Priority, Tenant, TenantId
-from balancer.errors import CapacityError, DeadlineExceeded, QueueFull, QueueTimeout, RateLimited
+from balancer.errors import BalancerError, CapacityError, DeadlineExceeded, QueueFull, QueueTimeout, RateLimited
 from balancer.explain import Call
 from balancer.metrics import Metrics
 from balancer.registry import Registry
 from balancer.settings import LimitsConfig, ModelRule, QueueConfig
 from balancer.store import Store, Taken
+
+T = TypeVar("T")
 
 # With the cache's look-up before it, no more than 30 ms of store calls stand before an answer.
 TAKE_S = 0.01
@@ -85,8 +88,7 @@ class Admission:
         self._metrics = metrics
         self._clock = clock
         self._queue = AdmissionQueue(queue.max_waiting)
-        self._waiters: dict[Ticket, asyncio.Future[None]] = {}
-        self._reserved: dict[str, int] = {}  # slots granted to waiters that have not begun yet
+        self._waiters: dict[Ticket, tuple[asyncio.Future[Any], Callable[[], Any]]] = {}
         self._model_in_flight: dict[str, int] = {}
         self._usage: dict[TenantId, Usage] = {}
         self._rates: dict[Tenant, Rates] = {}
@@ -127,12 +129,13 @@ class Admission:
             raise RateLimited(f"{rates.max_in_flight} requests are in flight already", retry_after_s=1.0)
         usage.in_flight += 1
         usage.requests += 1
-        if self._registry.is_bounded or self._models:
-            try:
-                await self._slot(request, call)
-            except BaseException:
-                usage.in_flight -= 1
-                raise
+        try:
+            model = request.model
+            if (self._waiters and self._models) or not self._take_model_slot(model):
+                await self.wait_for(request, call, lambda: self._take_model_slot(model), lambda _: self.left(model))
+        except BaseException:
+            usage.in_flight -= 1
+            raise
         return admitted
 
     def used(self, request: InferenceRequest, admitted: Admitted, prompt: int, completion: int) -> None:
@@ -207,53 +210,49 @@ class Admission:
 
     def left(self, model: str) -> None:
         """A request is over: whoever waits may go on."""
-        rule = self._models.get(model)
-        if rule is not None and rule.max_in_flight is not None:
-            self._model_in_flight[model] -= 1
+        in_flight = self._model_in_flight[model] - 1
+        if in_flight:
+            self._model_in_flight[model] = in_flight
+        else:
+            del self._model_in_flight[model]
         if self._waiters:
             self._grant()
 
-    async def _slot(self, request: InferenceRequest, call: Call) -> None:
-        model = request.model
-        rule = self._models.get(model)
-        if not (self._registry.is_bounded or rule):
-            return
-        if self._waiters or self._room(model) < 1:
-            await self._wait(request, call)
-        if rule is not None and rule.max_in_flight is not None:
-            self._model_in_flight[model] = self._model_in_flight.get(model, 0) + 1
+    @property
+    def is_contended(self) -> bool:
+        """Whether somebody waits: newcomers must not overtake."""
+        return bool(self._waiters)
 
-    def _room(self, model: str) -> float:
-        """Slots free for a model now; infinite where nothing bounds it or where waiting cannot help."""
+    def _take_model_slot(self, model: str) -> bool | None:
         rule = self._models.get(model)
-        room = float("inf")
-        if rule is not None and rule.max_in_flight is not None:
-            room = rule.max_in_flight - self._model_in_flight.get(model, 0)
-        candidates = self._registry.candidates(model, self._clock.now())
-        free = 0.0
-        for node in candidates.nodes:
-            limit = node.config.max_in_flight
-            if limit is None:
-                free = float("inf")
-                break
-            free += max(0, limit - node.load.rif)
-        if not candidates.nodes:
-            free = float("inf")  # nobody to wait for: the attempt says so
-        return min(room, free) - self._reserved.get(model, 0)
+        in_flight = self._model_in_flight.get(model, 0)
+        if rule is not None and rule.max_in_flight is not None and in_flight >= rule.max_in_flight:
+            return None
+        self._model_in_flight[model] = in_flight + 1
+        return True
 
-    async def _wait(self, request: InferenceRequest, call: Call) -> None:
-        now = self._clock.now()
+    async def wait_for(
+        self, request: InferenceRequest, call: Call, take: Callable[[], T | None], give_back: Callable[[T], None]
+    ) -> T:
+        """Queue until `take` gives something, in the order of priority and arrival.
+
+        `take` is called when anything was freed and must take what it finds in one step, or return None; what it
+        took for a request that left in the same moment goes to `give_back`. What `take` raises is raised here.
+        Raises QueueFull, QueueTimeout or DeadlineExceeded.
+        """
+        begun_s = self._clock.now()
         ticket = self._queue.enter(request.wishes.priority, request.model, request.deadline_s)
         if ticket is None:
             self._metrics.shed.of("queue_full").inc()
             raise QueueFull("too many requests are waiting", retry_after_s=self._queue.retry_after_s())
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[ticket] = waiter
-        wait_s = min(self._queue_config.max_wait_s, request.deadline_s - now)
+        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = (waiter, take)
         self._grant()
+        taken: T | None = None
         try:
-            async with asyncio.timeout(wait_s):
-                await waiter
+            async with asyncio.timeout(min(self._queue_config.max_wait_s, request.deadline_s - begun_s)):
+                taken = await waiter
+            return taken
         except TimeoutError:
             self._metrics.shed.of("queue_timeout").inc()
             if self._clock.now() >= request.deadline_s:
@@ -262,29 +261,31 @@ class Admission:
         finally:
             self._waiters.pop(ticket, None)
             self._queue.leave(ticket)
-            if ticket.granted:
-                self._reserved[ticket.model] -= 1
-            call.queue_s = self._clock.now() - now
+            if taken is None and waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                give_back(waiter.result())
+            call.queue_s += self._clock.now() - begun_s
             self._metrics.queue_seconds.observe(call.queue_s)
 
     def _grant(self) -> None:
-        """Give free slots to those who waited longest, by priority; a model that is full holds up only its own."""
-        if not self._waiters:
-            return
+        """Hand out what is free to those who waited longest, by priority; a full model holds up only its own."""
         full: set[str] = set()
-        for ticket in self._queue.in_order():
-            if ticket.model in full:
+        for ticket in self._queue.in_order() if self._waiters else ():
+            waiting = self._waiters.get(ticket)
+            if waiting is None or waiting[0].done() or ticket.model in full:
                 continue
-            if self._room(ticket.model) < 1:
+            waiter, take = waiting
+            ticket.granted = True  # what `take` changes may call this again
+            try:
+                taken = take()
+            except BalancerError as error:
+                waiter.set_exception(error)
+                continue
+            if taken is None:
+                ticket.granted = False
                 full.add(ticket.model)
-                continue
-            waiter = self._waiters.get(ticket)
-            if waiter is None or waiter.done():
-                continue
-            ticket.granted = True
-            self._reserved[ticket.model] = self._reserved.get(ticket.model, 0) + 1
-            self._queue.drained(self._clock.now())
-            waiter.set_result(None)
+            else:
+                self._queue.drained(self._clock.now())
+                waiter.set_result(taken)
 
 
 def _lines(kind: bytes, limit: float, taken: Taken) -> bytes:

@@ -113,6 +113,7 @@ class App:
         )
         self.attempts = Attempts(
             registry=self.registry,
+            admission=self.admission,
             choose=policy_named(settings.routing.policy),
             retry=settings.retry,
             limits=_answer_limits(settings),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from random import Random
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Self
 
 from tenacity import AsyncRetrying, RetryCallState
 
+from balancer.admission import Admission
 from balancer.clock import Clock
 from balancer.core.breaker import Permit
 from balancer.core.node import Node
@@ -42,6 +42,8 @@ from balancer.wire.timers import TimerWheel
 # When no node may be asked, a client is told to come back after this long: health checks look every second.
 NO_NODE_RETRY_S = 1.0
 
+# A request on whose account this many nodes died or hung goes to no further one: it may be what kills them.
+POISON_DEATHS = 2
 # A misconfigured node's answers that a client may see, when every node says so. Not 401, 403 or 407: the key they
 # speak of is ours; and no redirect, which would name an inside address.
 SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
@@ -81,11 +83,12 @@ class Attempt:
             self._attempts.settled(self, self._permit)
 
 
-@dataclass(frozen=True, slots=True)
-class _NobodyLeft(Exception):
-    """No node to try; `candidates` says what there was."""
+class _NobodyLeft(BalancerError):
+    """No node to try; `candidates` says what there was. Never leaves this file."""
 
-    candidates: Candidates
+    def __init__(self, candidates: Candidates) -> None:
+        super().__init__("no node is left")
+        self.candidates = candidates
 
 
 class Attempts:
@@ -95,6 +98,7 @@ class Attempts:
         self,
         *,
         registry: Registry,
+        admission: Admission,
         choose: Choose,
         retry: RetryPolicy,
         limits: AnswerLimits,
@@ -106,6 +110,7 @@ class Attempts:
         rng: Random,
     ) -> None:
         self._registry = registry
+        self._admission = admission
         self._choose = choose
         self._policy = retry
         self._limits = limits
@@ -180,6 +185,8 @@ class Attempts:
         outcome = attempt.outcome
         if outcome.ruling.again is not Again.NEVER and not self._has_another(request):
             return GiveUp("no_node_left")
+        if deaths(attempt.call.attempts) >= POISON_DEATHS:
+            return GiveUp("poison")
         sent = attempt.connect_outcome is None
         decision = plan.next(outcome, self._clock.now(), replayable=request.replayable or not sent)
         if isinstance(decision, Retry):
@@ -191,12 +198,12 @@ class Attempts:
     def _has_another(self, request: InferenceRequest) -> bool:
         """Whether some node is left to be tried: without one a retry is neither waited for nor paid."""
         candidates = self._registry.candidates(request.model, self._clock.now())
-        return any(node.id not in request.tried and node.has_room() for node in candidates.nodes)
+        return any(node.id not in request.tried for node in candidates.nodes)
 
     async def _try(self, request: InferenceRequest, call: Call) -> Attempt:
         """One attempt, up to its commit point or its failure."""
+        node, permit = await self._slot(request, call)
         now = self._clock.now()
-        node, permit = self._select(request, call, now)
         endpoint = request.endpoint
         answer = Answer(
             self._clock,
@@ -228,19 +235,37 @@ class Attempts:
             attempt.settle()
         return attempt
 
-    def _select(self, request: InferenceRequest, call: Call, now: float) -> tuple[Node, Permit]:
-        registry = self._registry
+    async def _slot(self, request: InferenceRequest, call: Call) -> tuple[Node, Permit]:
+        """A node and the right to one attempt there; waits in the queue while every node left is full."""
+        taken = None
+        if not (self._registry.is_bounded and self._admission.is_contended):
+            taken = self._select(request, call)
+        if taken is None:
+            taken = await self._admission.wait_for(
+                request, call, lambda: self._select(request, call), lambda unused: self._unselect(request, *unused)
+            )
+        call.attempts_begun += 1
+        return taken
+
+    def _select(self, request: InferenceRequest, call: Call) -> tuple[Node, Permit] | None:
+        """Pick, permit and in-flight + 1 in one step; None while every node left is full. Raises _NobodyLeft."""
+        registry, now = self._registry, self._clock.now()
         while True:
             candidates = registry.candidates(request.model, now)
             node = pick(candidates, request, self._choose, request.tried, now, self._rng)
             if node is None:
+                if any(node.id not in request.tried for node in candidates.nodes):
+                    return None
                 raise _NobodyLeft(candidates)
             request.tried.add(node.id)
             permit = registry.acquire(node, panic=candidates.panic, now=now)
             if permit is not None:
-                call.attempts_begun += 1
                 call.panic = call.panic or candidates.panic
                 return node, permit
+
+    def _unselect(self, request: InferenceRequest, node: Node, permit: Permit) -> None:
+        request.tried.discard(node.id)
+        self._registry.give_back(node, permit)
 
     @staticmethod
     async def _connect(pool: NodePool, attempt: Attempt, left_s: float) -> NodeConnection | None:
@@ -384,6 +409,22 @@ def _credentials(node: Node) -> bytes:
     return b"authorization: Bearer %b\r\n" % key.encode() if key else b""
 
 
+def deaths(attempts: Sequence[tuple[str, str, float]]) -> int:
+    """On how many nodes an attempt ended with the node gone or hung after the request had been sent there."""
+    return sum(outcome in _DEATHS for _, outcome, _ in attempts)
+
+
+_DEATHS = frozenset(
+    outcome.label
+    for outcome in (
+        Outcome.RESET_BEFORE_HEAD,
+        Outcome.RESET_AFTER_HEAD,
+        Outcome.TRUNCATED,
+        Outcome.FIRST_BYTE_TIMEOUT,
+        Outcome.UNARY_TIMEOUT,
+        Outcome.IDLE_TIMEOUT,
+    )
+)
 _REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
 _TRUNCATIONS = frozenset(
     {

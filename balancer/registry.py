@@ -246,6 +246,12 @@ class Registry:
             node.load.begin()
         return permit
 
+    def give_back(self, node: Node, permit: Permit) -> None:
+        """A permit that was not used."""
+        node.load.end()
+        node.breaker.release(permit)
+        self._tell()
+
     def settle(self, node: Node, permit: Permit, outcome: Outcome, now: float) -> None:
         """One attempt is over: its slot is free, and its outcome counts for what it says about the node."""
         node.load.end()

@@ -262,8 +262,8 @@ class DataPort:
         return head, b"" if request.method == b"HEAD" else body
 
     def _error(self, request: InboundRequest, error: BalancerError, id_: str) -> bytes:
-        context = request.context
-        dialect = context.endpoint.dialect if isinstance(context, Head) else Dialect.PLAIN
+        endpoint = ENDPOINTS.get(request.target.partition(b"?")[0])
+        dialect = endpoint.dialect if endpoint is not None else Dialect.PLAIN
         body = error_body(error, dialect)
         lines = retry_after(error)
         if isinstance(error, MethodNotAllowed):

@@ -77,6 +77,11 @@ class Process:
         """Send it a signal."""
         os.kill(self.pid, number)
 
+    def freeze(self) -> None:
+        """SIGSTOP, until it has stopped; the kernel goes on taking connections and bytes for it."""
+        self.send(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
     def kill(self) -> None:
         """SIGKILL; harmless when it has ended."""
         if self.is_up:

@@ -104,7 +104,9 @@ class Sent:
         "uncached_ratio",
     )
 
-    def __init__(self, work: Work, tokens: int, context: int, context_before: int, expected_s: float, now: float):
+    def __init__(
+        self, work: Work, tokens: int, context: int, context_before: int, expected_s: float, now: float
+    ) -> None:
         self.tokens = tokens  # uncached prompt tokens
         self.uncached_ratio = tokens / max(1.0, work.prompt_tokens)
         self.context = context  # tokens it is counted with

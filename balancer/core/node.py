@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
+from balancer.core.books import Books
 from balancer.core.breaker import Breaker
 from balancer.core.health import HealthState, NodeReport, Verdict
 from balancer.core.load import Load
@@ -77,6 +78,7 @@ class Node:
     blocked_by: int = 0  # the status it said so with
     cut_s: float = float("-inf")  # when it last pushed back
     ramp_from_s: float = float("-inf")  # when it joined or recovered
+    books: Books = field(default_factory=Books)
     models: frozenset[str] | None = field(init=False)
     weight: float = field(init=False)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ def read(parsed: Mapping[str, Any] | None, body_bytes: int, model: str = "") -> 
     if parsed is None:
         return Prompt(size_bytes=body_bytes)
     salt = parsed.get("cache_salt")
-    seed = b"%b\0%b\0" % (model.encode("utf-8", "replace"), salt.encode("utf-8", "replace") if _is_text(salt) else b"")
+    apart = salt if isinstance(salt, str) else ""
+    seed = f"{model}\0{apart}\0".encode("utf-8", "replace")
     try:
         for name in ("messages", "prompt", "input", "inputs"):
             if (value := parsed.get(name)) is not None:
@@ -78,10 +79,6 @@ def chained(text: bytes, seed: bytes = b"") -> tuple[int, ...]:
         chain = sha1(chain + text[start : start + BLOCK_BYTES]).digest()
         blocks.append(int.from_bytes(chain[:8], "little"))
     return tuple(blocks)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
 
 
 def _plain(value: Any, body_bytes: int, seed: bytes) -> Prompt:
@@ -141,24 +138,20 @@ def _needs_care(text: bytes, turns: list[Any], system: Any) -> bool:
 
 
 def _careful(system: Any, tools: Any, turns: list[Any], body_bytes: int, seed: bytes) -> Prompt:
-    """Attachments stand as their digests, marks are left out, and no more is written than is hashed."""
+    """As `_written`; attachments stand as their digests, marks are left out, and little more is written than hashed."""
     seen = _Attachments()
     text = bytearray()
-    for piece in _pieces(system, tools, turns):
+    for before in (system, tools):
+        if before:
+            text += orjson.dumps(seen.plain(before))
+    separator = b"["
+    for turn in turns:
+        plain = seen.plain(turn)
         if len(text) < HASHED_BYTES:
-            text += orjson.dumps(seen.plain(piece)) + b","
-        else:
-            seen.plain(piece)
+            text += separator + orjson.dumps(plain)
+            separator = b","
     size_bytes = len(text) if len(text) < HASHED_BYTES else max(len(text), body_bytes - seen.size_bytes)
     return Prompt(size_bytes=size_bytes, blocks=chained(bytes(text), seed), attachments=seen.count)
-
-
-def _pieces(system: Any, tools: Any, turns: list[Any]) -> Iterator[Any]:
-    if system:
-        yield system
-    if tools:
-        yield tools
-    yield from turns
 
 
 class _Attachments:

@@ -16,7 +16,7 @@ import httptools
 from pydantic import Field
 
 from balancer.errors import BadRequest, BalancerError, ClientError, QueueFull, TooLarge
-from balancer.wire.framing import CHUNK_END, CONTINUE, chunk, header_lines
+from balancer.wire.framing import CHUNK_END, CONTINUE, chunk, connection_tokens, header_lines
 from balancer.wire.heads import split
 from balancer.wire.timers import TimerWheel, Watched
 
@@ -524,9 +524,10 @@ class InboundConnection(asyncio.Protocol):
         self._upgrading = False
         self._receiving = None
         self._parser = httptools.HttpRequestParser(self)
-        lines = header_lines(
-            pair for pair in request.headers.items() if pair[0] not in (b"upgrade", b"connection", b"http2-settings")
-        )
+        headers = dict(request.headers)
+        headers.pop(b"upgrade", None)
+        headers[b"connection"] = b", ".join(connection_tokens(headers[b"connection"]) - {b"upgrade", b""})
+        lines = header_lines(pair for pair in headers.items() if pair[1] or pair[0] != b"connection")
         self._feed(b"%b %b HTTP/1.1\r\n%b\r\n" % (request.method, request.target, lines) + rest)
 
     def _closing_after_work(self) -> bool:

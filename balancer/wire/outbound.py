@@ -20,6 +20,8 @@ HEAD_BYTES = 64 * 1024
 IDLE_S = 4.0
 # Names are looked up again after this long, and whenever connecting failed.
 RESOLVE_S = 30.0
+# A kept-alive connection that breaks this soon after a request was written had been closed before the node saw it.
+STALE_S = 0.05
 # Heads remembered per node; a node has a handful, each with a Date that changes every second.
 KNOWN_HEADS = 16
 # Bodies over this are written apart from their head instead of being copied behind it.
@@ -151,7 +153,7 @@ class NodeConnection(asyncio.Protocol):
             answer.on_end()  # a body without a length ends with its connection
         elif self._body_begun:
             answer.on_broken(Outcome.TRUNCATED)
-        elif self.reused and self._received == 0:
+        elif self.reused and self._received == 0 and self._pool.now() - answer.sent_s < STALE_S:
             answer.on_broken(Outcome.STALE_CONNECTION)
         else:
             answer.on_broken(Outcome.RESET_BEFORE_HEAD)
@@ -228,7 +230,6 @@ class NodePool:
         "_idle",
         "_loop",
         "_max",
-        "_now",
         "_open",
         "_resolved_s",
         "_resolving",
@@ -236,6 +237,7 @@ class NodePool:
         "host",
         "host_line",
         "known_heads",
+        "now",
         "port",
         "prefix",
     )
@@ -256,7 +258,7 @@ class NodePool:
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._connect_s = connect_s
         self._max = max_connections
-        self._now = now
+        self.now = now
         self._loop = asyncio.get_running_loop()
         self.known_heads: dict[bytes, AnswerHead] = {}
         self._idle: deque[NodeConnection] = deque()
@@ -308,7 +310,7 @@ class NodePool:
 
     def release(self, connection: NodeConnection) -> None:
         """Its exchange is over and it may serve another."""
-        connection.idle_since_s = self._now()
+        connection.idle_since_s = self.now()
         self._idle.append(connection)
 
     def remember(self, key: bytes, head: AnswerHead) -> None:
@@ -336,12 +338,12 @@ class NodePool:
     async def _resolve(self) -> list[str]:
         if not self._addresses or self._resolved_s == float("-inf"):
             await self._look_up()
-        elif self._now() - self._resolved_s > RESOLVE_S and (self._resolving is None or self._resolving.done()):
+        elif self.now() - self._resolved_s > RESOLVE_S and (self._resolving is None or self._resolving.done()):
             self._resolving = self._loop.create_task(self._look_up())
         return self._addresses
 
     async def _look_up(self) -> None:
-        self._resolved_s = self._now()
+        self._resolved_s = self.now()
         try:
             found = await self._loop.getaddrinfo(self.host, self.port, type=1)
         except OSError:

@@ -39,7 +39,7 @@ def error_event(error: BalancerError, dialect: Dialect) -> bytes:
 
 def _error_object(error: BalancerError, dialect: Dialect) -> dict[str, Any]:
     if dialect is Dialect.ANTHROPIC:
-        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
         return {"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}}
     if dialect is Dialect.TGI:
         return {"error": error.message, "error_type": error.code}

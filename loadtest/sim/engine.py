@@ -68,6 +68,7 @@ class Engine:
     def __init__(self, profile: EngineProfile) -> None:
         self.profile = profile
         self.slow = 1.0
+        self.halted = False
         self.pool = KvPool(profile.kv_tokens, profile.block_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order of their admission
@@ -113,14 +114,16 @@ class Engine:
 
     def halt(self) -> None:
         """Nothing moves any more (a hang); `resume` goes on."""
+        self.halted = True
         self.stage_end_s = NEVER_S
 
     def resume(self, now: float) -> None:
         """Go on after a halt: the step that was interrupted is done anew."""
+        self.halted = False
         self._plan(now)
 
     def crash(self) -> list[Sequence]:
-        """Lose everything; return who was there."""
+        """Lose everything and halt; return who was there."""
         lost = [*self.running, *self.waiting]
         for sequence in lost:
             sequence.running = False
@@ -213,6 +216,8 @@ class Engine:
 
     def _wake(self, now: float) -> None:
         """Something changed: plan if idle, else cut a run of decode steps at the end of the step under way."""
+        if self.halted:
+            return
         if self.stage_end_s == NEVER_S:
             self._plan(now)
         elif self._stage_steps > 1 and self._chunks is None:

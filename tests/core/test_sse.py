@@ -605,13 +605,3 @@ def test_a_generated_text_may_be_oversized(size: int) -> None:
 
     assert seen(stream.scanner(), reads_of(text, size)).closed is Outcome.OK
     assert seen(stream.scanner(), reads_of(large, size)).closed is Outcome.NO_GOOD_END
-
-
-def test_half_an_emoji_in_an_event_is_content_and_no_bad_body() -> None:
-    scanner = OpenAIScanner(1, withhold_usage=False)
-    halves = [
-        rb'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}' % half + b"\n\n"
-        for half in (rb"\ud83d", rb"\ude00")
-    ]
-    assert b"".join(scanner.feed(half) for half in halves) == b"".join(halves)
-    assert (scanner.content, scanner.outcome) == (True, None)

@@ -123,8 +123,9 @@ class Wire:
         self.writer = writer
 
     @classmethod
-    async def to(cls, server: Listening, **options: Any) -> Wire:
-        wire = cls(*await asyncio.open_connection(*server.address, limit=1 << 26, **options))
+    async def to(cls, server: Listening, *, limit: int = 1 << 26) -> Wire:
+        """Connect. Twice `limit` bytes at most are taken from the kernel before they are read."""
+        wire = cls(*await asyncio.open_connection(*server.address, limit=limit))
         cls.made.append(wire)
         return wire
 

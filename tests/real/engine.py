@@ -172,7 +172,18 @@ async def engine(*, slots: int = 4) -> AsyncIterator[Engine]:
     libraries = root / "usr/lib/x86_64-linux-gnu"
     words = [root / "usr/lib64/ld-linux-x86-64.so.2", "--library-path", f"{libraries}:{libraries}/llama"]
     words += [root / "usr/bin/llama-server", "--model", folder / "model.gguf", "--alias", MODEL]
-    words += ["--host", "127.0.0.1", "--port", str(port), "--metrics", "--slots", "--threads", "1"]
+    words += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--metrics",
+        "--slots",
+        "--threads",
+        "1",
+        "--threads-http",
+        "64",
+    ]
     words += ["--parallel", str(slots), "--ctx-size", str(slots * tiny_model.CONTEXT)]
     process = await asyncio.create_subprocess_exec(
         *words,

@@ -1,0 +1,102 @@
+"""What became of the requests, and the figures of a run."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class End(IntEnum):
+    """How a request ended; each does exactly once."""
+
+    DONE = 0
+    TIMEOUT = 1  # no first token within the deadline
+    FAILED = 2  # no node gave it a first token
+    BROKEN = 3  # its stream stopped in the middle
+    REJECTED = 4  # too long for the engine it was sent to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What a good request is: a first token in time for its length, and then a steady pace (seconds)."""
+
+    ttft_s: float = 2.0
+    ttft_s_per_token: float = 0.001
+    tpot_s: float = 0.150
+
+    def met(self, prompt_tokens: int, ttft_s: float, tpot_s: float) -> bool:
+        """Whether a finished request was good."""
+        return ttft_s <= self.ttft_s + self.ttft_s_per_token * prompt_tokens and tpot_s <= self.tpot_s
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts while a run goes on. A timeout counts as a first token at its deadline; errors have no times."""
+
+    slo: Slo
+    ttft_s: array[float] = field(default_factory=lambda: array("d"))
+    e2e_s: array[float] = field(default_factory=lambda: array("d"))
+    tpot_s: array[float] = field(default_factory=lambda: array("d"))
+    ends: list[int] = field(default_factory=lambda: [0] * len(End))
+    good: int = 0
+    first_s: float = math.inf
+    last_s: float = 0.0
+
+    def done(self, prompt_tokens: int, output_tokens: int, ttft_s: float, e2e_s: float) -> None:
+        """A good end."""
+        tpot_s = (e2e_s - ttft_s) / (output_tokens - 1) if output_tokens > 1 else 0.0
+        self.ends[End.DONE] += 1
+        self.ttft_s.append(ttft_s)
+        self.e2e_s.append(e2e_s)
+        if output_tokens > 1:
+            self.tpot_s.append(tpot_s)
+        self.good += self.slo.met(prompt_tokens, ttft_s, tpot_s)
+
+    def lost(self, end: End, deadline_s: float) -> None:
+        """Any other end."""
+        self.ends[end] += 1
+        if end is End.TIMEOUT:
+            self.ttft_s.append(deadline_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """One run. Seconds, ratios of all requests (0..1), requests per second."""
+
+    policy: str
+    requests: int
+    ttft_s: tuple[float, float, float]  # P50, P95, P99
+    e2e_s: tuple[float, float, float]
+    tpot_s: tuple[float, float, float]
+    timeout_ratio: float
+    error_ratio: float
+    slo_ratio: float
+    goodput_per_s: float  # good requests a second of arrivals
+    hit_ratio: float  # prompt tokens found in a prefix cache
+    imbalance: float  # standard deviation over mean of the nodes' busy time
+    preemptions: int
+    ends: tuple[int, ...]
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The nearest-rank percentile of sorted values, `q` in 0..1; not a number when there are none."""
+    if not values:
+        return math.nan
+    return values[max(0, math.ceil(q * len(values)) - 1)]
+
+
+def three(values: Sequence[float]) -> tuple[float, float, float]:
+    """P50, P95 and P99."""
+    ordered = sorted(values)
+    return percentile(ordered, 0.50), percentile(ordered, 0.95), percentile(ordered, 0.99)
+
+
+def variation(values: Sequence[float]) -> float:
+    """Standard deviation over mean."""
+    mean = sum(values) / len(values)
+    if mean == 0.0:
+        return 0.0
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / mean
