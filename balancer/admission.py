@@ -249,13 +249,14 @@ class Admission:
         self._waiters[ticket] = (waiter, take)
         self._grant()
         taken: T | None = None
+        left_s = request.deadline_s - begun_s
         try:
-            async with asyncio.timeout(min(self._queue_config.max_wait_s, request.deadline_s - begun_s)):
+            async with asyncio.timeout(min(self._queue_config.max_wait_s, left_s)):
                 taken = await waiter
             return taken
         except TimeoutError:
             self._metrics.shed.of("queue_timeout").inc()
-            if self._clock.now() >= request.deadline_s:
+            if left_s <= self._queue_config.max_wait_s:
                 raise DeadlineExceeded("the deadline passed while the request was waiting") from None
             raise QueueTimeout("no slot came free in time", retry_after_s=self._queue.retry_after_s()) from None
         finally:

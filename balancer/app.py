@@ -40,6 +40,8 @@ log = get_logger()
 FALLBACK_BYTES = 16 * 1024 * 1024
 # How often the event loop's lateness is measured, and idle node connections are looked through.
 TICK_S = 0.5
+# What lay in the sockets when a signal came is read within this time, and counts as having come before it.
+SETTLE_S = 0.1
 # After drain_s, what is cut gets this long to have its error event written out.
 CUT_S = 1.0
 
@@ -239,15 +241,17 @@ class App:
         """Stop taking requests as the contract says, and let what runs end; `at_once` cuts it short."""
         timeouts = self._settings.timeouts
         log.info("drain.begun", in_flight=len(self.port.working()), grace_s=timeouts.drain_grace_s)
-        self.port.draining = True
-        await _wait_for(at_once, timeouts.drain_grace_s)
+        self.port.begin_drain()
+        await _wait_for(at_once, max(timeouts.drain_grace_s, SETTLE_S))
         self.port.close_listener()
+        await _wait_for(at_once, SETTLE_S)  # the last connections get to send their request
         deadline_s = self._clock.now() + timeouts.drain_s
         while self.port.working() and not at_once.is_set() and self._clock.now() < deadline_s:
             await _wait_for(at_once, 0.02)
         cut = self.port.cut_all()
         if cut:
             await asyncio.wait_for(asyncio.gather(*cut, return_exceptions=True), CUT_S)
+        self.port.close_connections()
         log.info("drain.finished", cut=len(cut))
 
     # -- changes at run time

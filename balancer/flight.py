@@ -15,6 +15,7 @@ from balancer.core.request import InferenceRequest
 from balancer.explain import Call
 from balancer.relay import ClientStream, note_tokens
 from balancer.wire.answer import Answer
+from balancer.wire.sse import all_parse
 
 
 class Flight:
@@ -102,6 +103,8 @@ class Flight:
     def _store(self, answer: Answer, body: bytes) -> None:
         if self._collected is None or answer.head is None or answer.head.status != 200:
             return
+        if answer.is_stream and not all_parse(body):
+            return  # what passed by unread was no JSON
         self._cache.store(
             self._plan,
             self._request,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import secrets
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -49,6 +51,8 @@ _ENDPOINTS = (
     Endpoint(path="/v1/images/generations", name="images", samples=True),
 )
 ENDPOINTS = {endpoint.path.encode(): endpoint for endpoint in _ENDPOINTS}
+# Connections that the kernel holds for us while the loop is busy.
+BACKLOG = 4096
 # Larger bodies are understood in a thread.
 LARGE_BODY_BYTES = 1024 * 1024
 # The status in logs and metrics of a request whose client left before anything was sent (nginx's number for it).
@@ -89,7 +93,9 @@ class DataPort:
         self._id_prefix = secrets.token_hex(10)  # of ids for requests that bring none: unique, not secret
         self._id_count = 0
         self.revision = 0  # of what heads are judged by; a reload changes it
+        self._socket: socket.socket | None = None
         self._server: asyncio.Server | None = None
+        self._accepting: set[asyncio.Task[Any]] = set()
         self._connections: set[InboundConnection] = set()
         self.buffered = Buffered(limits.buffered_bytes)
         self.draining = False  # health says 503, requests are served
@@ -102,10 +108,13 @@ class DataPort:
         host, port = split_address("listen", self._listen)
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(self._connection(loop), host, port, backlog=4096)
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
             raise OSError(f"listen: {self._listen}: {why}") from error
+        self._socket.setblocking(False)
+        self._server = await loop.create_server(self._connection(loop), sock=self._socket, backlog=BACKLOG)
 
     @property
     def address(self) -> str:
@@ -119,13 +128,34 @@ class DataPort:
         """Open client connections."""
         return len(self._connections)
 
+    def begin_drain(self) -> None:
+        """Health says 503 from now on, and every answer is its connection's last."""
+        self.draining = True
+        for request in self.working():
+            request.connection.close_after(request)
+
     def close_listener(self) -> None:
-        """Take no more connections; those at rest are closed, those at work close after their answer."""
+        """Take no more connections; those that are kept alive are told 503 `draining`."""
         self.closing = True
         if self._server is not None:
+            self._accept_rest()
             self._server.close()
+
+    def _accept_rest(self) -> None:
+        """Take what the kernel has accepted for us: closing the listener would reset it."""
+        assert self._socket is not None
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # there is no more
+            while True:
+                accepted, _ = self._socket.accept()
+                task = loop.create_task(loop.connect_accepted_socket(self._connection(loop), accepted))
+                self._accepting.add(task)
+                task.add_done_callback(self._accepting.discard)
+
+    def close_connections(self) -> None:
+        """Close what is left."""
         for connection in list(self._connections):
-            connection.close_if_idle()
+            connection.close()
 
     def working(self) -> list[InboundRequest]:
         """Requests being answered."""
@@ -164,8 +194,7 @@ class DataPort:
         if endpoint is _HEALTH:
             request.context = _Local(endpoint)
             return
-        if self.closing:
-            raise Draining("this balancer is shutting down", retry_after_s=1.0)
+        self._refuse_when_closing(request)
         head = self._intake.head(endpoint, request, id_)
         head.cors = self._cors(request)
         request.context = head
@@ -174,15 +203,14 @@ class DataPort:
         """Answer a whole request at once where that can be done (None), else return the work for a task."""
         head = request.context
         if self.draining:
-            request.keep_alive = False
+            request.connection.close_after(request)
         if not isinstance(head, Head) or head.endpoint is _MODELS:
             self._serve_local(request)
             return None
         call = Call(head.given_id or self._next_id(), head.endpoint.name, request.received_s)
         call.tenant = head.tenant.id
         try:
-            if self.closing:
-                raise Draining("this balancer is shutting down", retry_after_s=1.0)
+            self._refuse_when_closing(request)
             if len(request.body) > LARGE_BODY_BYTES:
                 return self._finish(request, call, self._serve_large(request, call))
             inference = self._intake.understand(request, call.id)
@@ -198,6 +226,11 @@ class DataPort:
                 return self._finish(request, call, work)
         self._journal.close(call)
         return None
+
+    def _refuse_when_closing(self, request: InboundRequest) -> None:
+        """A connection's first request came before the listener closed, if only just; later ones did not."""
+        if self.closing and not request.is_first:
+            raise Draining("this balancer is shutting down", retry_after_s=1.0)
 
     async def _serve_large(self, request: InboundRequest, call: Call) -> None:
         """Parse and hash a large body in a thread, so that small requests need not wait for it."""

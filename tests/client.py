@@ -28,7 +28,7 @@ def chat(text: str = "hello", **fields: Any) -> dict[str, Any]:
 
 
 def fleet(*nodes: FakeNode | str, **fields: Any) -> list[dict[str, Any]]:
-    """Node settings `a`, `b`, `c`, `d`, tried in this order while they are idle, with their model known from the start."""
+    """Node settings `a`, `b`, `c`, `d`, tried in this order while idle; what they serve is known from the start."""
     urls = [node if isinstance(node, str) else node.url for node in nodes]
     common = {"models": [MODEL], **fields}
     return [
@@ -146,15 +146,18 @@ class Client:
         return asyncio.get_running_loop().create_task(self.post(body, path, headers))
 
     async def open(self, body: Any, path: str = CHAT, headers: Mapping[str, str] | None = None) -> Stream:
-        """Send one request and wait for the head of its answer."""
+        """Send one request, to a URL or to a path of the data port, and wait for the head of its answer."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json", **(headers or {})}
-        return Stream(await self._session.post(self._url + path, data=data, headers=sent))
+        return Stream(await self._session.post(self._url_of(path), data=data, headers=sent))
 
     async def get(self, url: str) -> Reply:
         """Ask for a URL, or for a path of the data port."""
-        async with self._session.get(url if "://" in url else self._url + url) as response:
+        async with self._session.get(self._url_of(url)) as response:
             return Reply(response.status, response.headers, await response.read())
+
+    def _url_of(self, path: str) -> str:
+        return path if "://" in path else self._url + path
 
     async def many(
         self, count: int, body: Callable[[int], Any] = lambda number: chat(f"request {number}"), *, at_once: int = 8

@@ -40,9 +40,10 @@ class Balancer:
         self._finished = asyncio.Condition()
         self.app = App(self._load(), self._load, write_event=self._record, clock=clock, rng=Random(7))
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """What a reload will read."""
-        self._file.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    def write_settings(self, settings: Mapping[str, Any] | str) -> None:
+        """What a reload will read; a text goes into the file as it is."""
+        text = settings if isinstance(settings, str) else yaml.safe_dump(dict(settings))
+        self._file.write_text(text, encoding="utf-8")
 
     def _load(self) -> Settings:
         return load(str(self._file), {})
@@ -100,6 +101,7 @@ class Balancer:
         self.app.port.close_listener()
         tasks = self.app.port.cut_all()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.app.port.close_connections()
         await self.app.stop()
         self._folder.cleanup()
 

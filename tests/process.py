@@ -156,9 +156,9 @@ class BalancerProcess:
         await self.process.until(lambda: len(self.events(name)) >= count)
         return self.events(name)[count - 1]
 
-    def write_settings(self, settings: Mapping[str, Any]) -> None:
-        """What it reads at its start and on SIGHUP."""
-        self.file.write_text(yaml.safe_dump(dict(settings)), encoding="utf-8")
+    def write_settings(self, settings: Mapping[str, Any] | str) -> None:
+        """What it reads at its start and on SIGHUP; a text goes into the file as it is."""
+        settings_file(str(self.file.parent), settings)
 
     async def reload(self, settings: Mapping[str, Any]) -> None:
         """SIGHUP with new settings; returns when they are in force."""
@@ -168,13 +168,18 @@ class BalancerProcess:
         await self.logged("settings.reloaded", before + 1)
 
 
+def settings_file(folder: str, settings: Mapping[str, Any] | str) -> Path:
+    """A settings file in this folder; a text goes into it as it is."""
+    file = Path(folder, "settings.yaml")
+    file.write_text(settings if isinstance(settings, str) else yaml.safe_dump(dict(settings)), encoding="utf-8")
+    return file
+
+
 @asynccontextmanager
 async def serving(settings: Mapping[str, Any]) -> AsyncIterator[BalancerProcess]:
     """A balancer process that listens on both ports."""
     with tempfile.TemporaryDirectory(prefix="balancer-test-") as folder:
-        file = Path(folder, "settings.yaml")
-        here = {"listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0"}
-        file.write_text(yaml.safe_dump({**here, **settings}), encoding="utf-8")
+        file = settings_file(folder, {"listen": "127.0.0.1:0", "ops_listen": "127.0.0.1:0", **settings})
         async with await Process.start("balancer", "serve", "--config", str(file)) as process:
             balancer = BalancerProcess(process, file)
             await balancer.logged("ops.listening")

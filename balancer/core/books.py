@@ -243,10 +243,15 @@ class Books:
         others = self.others
         if others is None:
             return _NOBODY
-        share = math.exp(-max(0.0, now - self.others_at_s) / OTHERS_DECAY_S)
+        share = self.others_share(now)
         return Outstanding(
             tokens=share * others.tokens, context=share * others.context, requests=share * others.requests
         )
+
+    def others_share(self, now: float) -> float:
+        """How much of what others are said to have is still believed (0..1)."""
+        age_s = now - self.others_at_s
+        return math.exp(-age_s / OTHERS_DECAY_S) if age_s > 0.0 else 1.0
 
     def backlog_s(self, now: float) -> float:
         """Seconds until every prompt sent so far is read, by the node's own pace.
@@ -255,7 +260,7 @@ class Books:
         reading looks worse by the second, long before anything times out.
         """
         self.advance(now)
-        others = self.others_now(now).tokens if self.others is not None else 0.0
+        others = self.others_share(now) * self.others.tokens if self.others is not None else 0.0
         s = self.s_per_token
         backlog = s * (self.queued_tokens + others)
         if self.head_tokens:

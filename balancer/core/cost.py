@@ -18,7 +18,7 @@ from typing import Annotated, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field
 
-from balancer.core.books import FAILURE_DECAY_S, OTHERS_DECAY_S, OVERDUE_RATIO, OVERDUE_S, Books, Work
+from balancer.core.books import FAILURE_DECAY_S, OVERDUE_RATIO, OVERDUE_S, Books, Work
 from balancer.core.prefix_index import PrefixIndex
 from balancer.core.request import NodeId
 
@@ -347,7 +347,8 @@ class PredictedCost(Generic[N]):
         counts = []
         for at in near:
             books = nodes[at].books
-            counts.append(books.n if books.others is None else books.n + books.others_now(now).requests)
+            others = 0.0 if books.others is None else books.others_share(now) * books.others.requests
+            counts.append(books.n + others)
         fewest = min(counts)
         equal = [at for at, count in zip(near, counts, strict=True) if count == fewest]
         return equal[0] if len(equal) == 1 else equal[int(rng.random() * len(equal))]
@@ -409,8 +410,7 @@ def _costs(
                     cost -= elapsed
         else:
             others = books.others
-            age = now - books.others_at_s
-            share = math.exp(-age / OTHERS_DECAY_S) if age > 0.0 else 1.0
+            share = books.others_share(now)
             requests += share * others.requests
             context += share * others.context
             over = max(0.0, requests - books.slots + 1.0) / books.slots

@@ -132,14 +132,17 @@ class PrefixIndex:
             return
         lane = self._lanes.get(node) or self._new_lane(node)
         own, holders, bit, limit = lane.blocks, self._holders, lane.bit, lane.limit
-        for block in reversed(blocks[:limit] if len(blocks) > limit else blocks):
+        if len(blocks) > limit:
+            blocks = blocks[:limit]
+        for block in reversed(blocks):
             if block in own:
                 del own[block]
             else:
                 holders[block] = holders.get(block, 0) | bit
             own[block] = None
         if len(own) > limit:
-            self._drop_oldest(lane, len(own) - limit + int(BATCH_SHARE * limit))
+            batch = len(own) - limit + int(BATCH_SHARE * limit)
+            self._drop_oldest(lane, min(batch, len(own) - len(blocks)))
 
     def resize(self, node: NodeId, kv_blocks: float) -> None:
         """The node's KV cache is worth this many blocks (capacity / tokens of a block)."""

@@ -65,6 +65,7 @@ class InboundRequest:
         "context",
         "flow",
         "headers",
+        "is_first",
         "keep_alive",
         "left",
         "method",
@@ -75,8 +76,9 @@ class InboundRequest:
         "version",
     )
 
-    def __init__(self, connection: InboundConnection, received_s: float) -> None:
+    def __init__(self, connection: InboundConnection, received_s: float, *, is_first: bool = False) -> None:
         self.connection = connection
+        self.is_first = is_first  # on its connection
         self.received_s = received_s
         self.method = b""
         self.target = b""
@@ -181,6 +183,7 @@ class InboundConnection(asyncio.Protocol):
         "_connections",
         "_expects",
         "_head_bytes",
+        "_is_fresh",
         "_known",
         "_limits",
         "_loop",
@@ -226,6 +229,7 @@ class InboundConnection(asyncio.Protocol):
         self._working: InboundRequest | None = None  # being answered
         self._task: asyncio.Task[None] | None = None
         self._ready: deque[InboundRequest | tuple[InboundRequest, BalancerError]] = deque()
+        self._is_fresh = True  # no request has come yet
         self._memo_key: bytes | None = None  # of the head that came last
         self._known: _Known | None = None  # what it said
         self._backlog = b""
@@ -278,16 +282,26 @@ class InboundConnection(asyncio.Protocol):
         self._task = None
         request.flow = None
         self._release(request)
-        if not request.keep_alive or self._service.closing:
+        if not request.keep_alive or (self._service.closing and not self._has_more):
             self._close_gently()
             return False
         self.due_s = self._now() + KEEP_ALIVE_S
         return True
 
-    def close_if_idle(self) -> None:
-        """Shutting down: connections at rest close now, the others after their answer."""
-        if self._working is None and self._receiving is None and self._transport is not None:
+    def close(self) -> None:
+        """Shut down: close whatever the connection is doing, once what was written is out."""
+        self._closing = True
+        if self._transport is not None:
             self._transport.close()
+
+    def close_after(self, request: InboundRequest) -> None:
+        """Tell the client that this answer is the connection's last, unless more requests are here already."""
+        if not self._has_more:
+            request.keep_alive = False
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self._ready or self._backlog)
 
     def cut_work(self) -> asyncio.Task[None] | None:
         """Shutting down for good: cancel what is being answered, which then says so; its task."""
@@ -380,7 +394,8 @@ class InboundConnection(asyncio.Protocol):
     # -- httptools
 
     def on_message_begin(self) -> None:
-        self._receiving = InboundRequest(self, self._now())
+        self._receiving = InboundRequest(self, self._now(), is_first=self._is_fresh)
+        self._is_fresh = False
         self._accepted = False
         self._expects = False
         self._target = b""
@@ -567,7 +582,7 @@ class InboundConnection(asyncio.Protocol):
 
     def _refuse(self, error: BalancerError) -> None:
         """Answer with an error in its turn, then close: what follows on this connection cannot be trusted."""
-        request = self._receiving or InboundRequest(self, self._now())
+        request = self._receiving or InboundRequest(self, self._now(), is_first=self._is_fresh)
         self._receiving = None
         self._refused = True
         self._body = []

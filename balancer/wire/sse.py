@@ -63,6 +63,16 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def all_parse(events: bytes) -> bool:
+    """Whether every event of a whole stream holds JSON (or `[DONE]`): ordinary ones go by unread while they flow."""
+    payloads = [fields(event)[1] for event in EVENT_END.split(events)]
+    try:
+        orjson.loads(b"[" + b",".join([p for p in payloads if p is not None and p != DONE]) + b"]")
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
 class StreamScanner:
     """Follows one stream. Subclasses know a dialect's landmarks and what its events mean."""
 

@@ -161,7 +161,7 @@ async def test_any_other_path_is_404(balancer: Balancer, node: FakeNode, path: s
         *[(method, "/v1/models", "GET, HEAD") for method in ("POST", "DELETE", "OPTIONS")],
         ("DELETE", "/v1/models/sim-model", "GET, HEAD"),
         ("POST", "/healthz", "GET, HEAD"),
-        ("GET", "/generate", "POST"),
+        ("GET", "/v1/embeddings", "POST"),
     ],
 )
 async def test_any_other_method_is_405_and_told_what_is_allowed(
