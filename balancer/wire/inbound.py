@@ -151,10 +151,6 @@ class Service(Protocol):
     def revision(self) -> int:
         """Changes whenever `accept_head` might judge the same head differently."""
 
-    @property
-    def closing(self) -> bool:
-        """True while the port is shutting down: connections close after their answer."""
-
 
 class _Known:
     """What a connection's last head said."""
@@ -282,7 +278,7 @@ class InboundConnection(asyncio.Protocol):
         self._task = None
         request.flow = None
         self._release(request)
-        if not request.keep_alive or (self._service.closing and not self._has_more):
+        if not request.keep_alive:
             self._close_gently()
             return False
         self.due_s = self._now() + KEEP_ALIVE_S
@@ -295,8 +291,11 @@ class InboundConnection(asyncio.Protocol):
             self._transport.close()
 
     def close_after(self, request: InboundRequest) -> None:
-        """Tell the client that this answer is the connection's last, unless more requests are here already."""
-        if not self._has_more:
+        """Tell the client that this answer is the connection's last; too late once its head is out, or more is here.
+
+        A connection is never closed without having said so: its client might be sending the next request already.
+        """
+        if not (request.responded or self._has_more):
             request.keep_alive = False
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from loadtest.sim.arrival import Arrival
-from loadtest.sim.engine import NEVER_S, Engine, Sequence
+from loadtest.sim.engine import NEVER_S, Engine
+from loadtest.sim.sequence import Sequence
 
 
 def clone(engine: Engine) -> Engine:

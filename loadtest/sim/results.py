@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from loadtest.sim.engine import Engine
+
 
 class End(IntEnum):
     """How a request ended; each does exactly once."""
@@ -100,3 +102,25 @@ def variation(values: Sequence[float]) -> float:
     if mean == 0.0:
         return 0.0
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / mean
+
+
+def figures(policy: str, tally: Tally, engines: Sequence[Engine], length_s: float) -> Figures:
+    """The figures of a run whose arrivals took `length_s`."""
+    total = max(1, sum(tally.ends))
+    errors = tally.ends[End.FAILED] + tally.ends[End.BROKEN] + tally.ends[End.REJECTED]
+    return Figures(
+        policy=policy,
+        requests=sum(tally.ends),
+        ttft_s=three(tally.ttft_s),
+        e2e_s=three(tally.e2e_s),
+        tpot_s=three(tally.tpot_s),
+        timeout_ratio=tally.ends[End.TIMEOUT] / total,
+        error_ratio=errors / total,
+        slo_ratio=tally.good / total,
+        goodput_per_s=tally.good / length_s,
+        hit_ratio=sum(engine.hit_tokens for engine in engines)
+        / max(1, sum(engine.prompt_tokens for engine in engines)),
+        imbalance=variation([engine.busy_s for engine in engines]),
+        preemptions=sum(engine.preemptions for engine in engines),
+        ends=tuple(tally.ends),
+    )

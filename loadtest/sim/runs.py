@@ -11,8 +11,9 @@ from loadtest.sim.oracle import Oracle
 from loadtest.sim.policies import Policy, PrefixRule, Target, TokenCount, simple
 from loadtest.sim.predicted import Predicted
 from loadtest.sim.results import Figures
+from loadtest.sim.scenario import Scenario
 from loadtest.sim.traces import scaled
-from loadtest.sim.world import Scenario, World
+from loadtest.sim.world import World
 
 POLICIES = (
     "random",

@@ -1,8 +1,8 @@
 """Public traces as arrivals, and what may be done to their time.
 
-Mooncake (`*.jsonl`): one object a line with `timestamp` (ms, in ticks of about 3 s), `input_length`, `output_length` and
-`hash_ids`, the ids of the prompt's 512-token prefix blocks; the last may stand for a part of a block, which no engine
-shares. Azure (`*.csv`): TIMESTAMP, ContextTokens, GeneratedTokens; nothing of prefixes.
+Mooncake (`*.jsonl`): one object a line with `timestamp` (ms, in ticks of about 3 s), `input_length`, `output_length`
+and `hash_ids`, the ids of the prompt's 512-token prefix blocks; the last may stand for a part of a block, which no
+engine shares. Azure (`*.csv`): TIMESTAMP, ContextTokens, GeneratedTokens; nothing of prefixes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -89,9 +90,9 @@ def with_burst(arrivals: Sequence[Arrival], at_s: float, length_s: float, factor
 
 def _spread(arrivals: list[Arrival], rng: Random) -> list[Arrival]:
     stamps = sorted({arrival.at_s for arrival in arrivals})
-    gaps = sorted(after - before for before, after in zip(stamps, stamps[1:], strict=False))
+    gaps = sorted(after - before for before, after in pairwise(stamps))
     tick_s = gaps[len(gaps) // 2] if gaps else 0.0
-    following = dict(zip(stamps, stamps[1:], strict=False))
+    following = dict(pairwise(stamps))
     spread = [
         replace(a, at_s=a.at_s + rng.random() * min(tick_s, following.get(a.at_s, a.at_s + tick_s) - a.at_s))
         for a in arrivals

@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from loadtest.sim.world import Flight, World
+    from loadtest.sim.scenario import Flight
+    from loadtest.sim.world import World
 
 
 class Watchdog:
@@ -45,7 +46,7 @@ class Watchdog:
     def _wedged(self, balancer: int, at: int, mine: list[Flight]) -> bool:
         """An engine that works sends a byte each step, so silence began when it halted (or when we last sent)."""
         world = self._world
-        if world.now - world.halted_s[at] < self._stall_s:
+        if world.now - world.halted_s(at) < self._stall_s:
             return False
         for flight in mine:
             if not math.isnan(flight.first_s):

@@ -6,72 +6,23 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
 from random import Random
 
 from loadtest.sim.arrival import Arrival
-from loadtest.sim.engine import NEVER_S, Engine, Sequence as Running
-from loadtest.sim.fleet import Fault
+from loadtest.sim.engine import NEVER_S, Engine
 from loadtest.sim.policies import Attempt, Policy, Target
 from loadtest.sim.predicted import Predicted, share
-from loadtest.sim.profiles import EngineProfile
 from loadtest.sim.reports import Agent
-from loadtest.sim.results import End, Figures, Slo, Tally, three, variation
+from loadtest.sim.results import End, Figures, Tally, figures
+from loadtest.sim.scenario import Event, Flight, Scenario
+from loadtest.sim.sequence import Sequence as Running
+from loadtest.sim.troubles import Troubles
 from loadtest.sim.watchdog import Watchdog
 
 # How long a refused connection and a fast 500 take.
 REFUSED_S = 0.001
 FAST_500_S = 0.005
-# A stream without a byte for so long is broken off (the balancer's idle limit).
-IDLE_S = 30.0
 PROGRESS_EVERY = 2000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
-    """Everything about a run but the traffic and the policy. Intervals of None: never."""
-
-    fleet: Sequence[EngineProfile]
-    faults: Sequence[Fault] = ()
-    deadline_s: float = 30.0  # to the first token
-    slo: Slo = field(default_factory=Slo)
-    balancers: int = 1
-    share_s: float | None = 0.2  # between balancers, of what they sent where
-    report_s: float | None = 5.0  # of agents, for the policies that live on them; predicted_cost: see `agents`
-    agents: bool = False  # whether predicted_cost gets the reports as well
-    stall_s: float | None = None  # watchdog on nodes that stopped moving
-    attempts: int = 1  # tries before a first token
-    seed: int = 1
-
-
-class Event(IntEnum):
-    """What the heap holds."""
-
-    STAGE = 0
-    FAIL = 1
-    FAULT = 2
-    MEND = 3
-    IDLE = 4
-    REPORT = 5
-    SHARE = 6
-    WATCH = 7
-
-
-class Flight:
-    """One request on its way."""
-
-    __slots__ = ("arrival", "attempt", "balancer", "first_s", "open", "sequence", "tried", "tries")
-
-    def __init__(self, arrival: Arrival, balancer: int) -> None:
-        self.arrival = arrival
-        self.balancer = balancer
-        self.open = True
-        self.first_s = math.nan
-        self.tries = 0
-        self.tried: set[int] = set()
-        self.attempt: Attempt | None = None
-        self.sequence: Running | None = None
 
 
 PolicyFactory = Callable[[Sequence[Target], Random, "World"], Policy]
@@ -87,7 +38,6 @@ class World:
         self.engines = [Engine(profile) for profile in scenario.fleet]
         self.down = [False] * len(self.engines)
         self.failing = [False] * len(self.engines)
-        self.halted_s = [math.nan] * len(self.engines)
         self.policies: list[Policy] = []
         for number in range(scenario.balancers):
             rng = Random(scenario.seed * 1009 + number)
@@ -102,14 +52,26 @@ class World:
         self._order = 0
         self._scheduled = [NEVER_S] * len(self.engines)
         self._flights: list[dict[Running, Flight]] = [{} for _ in self.engines]
-        self._failing_now = 0
         self._open = 0
         self._deadlines: deque[tuple[float, Flight]] = deque()
+        self._troubles = Troubles(self)
         self.watchdog = None if scenario.stall_s is None else Watchdog(self, scenario.stall_s)
 
     def answers(self, at: int) -> bool:
         """Whether a node takes a request and works on it."""
         return not (self.down[at] or self.failing[at] or self.engines[at].halted)
+
+    def halted_s(self, at: int) -> float:
+        """Since when a node has not moved; infinite while it does."""
+        return self._troubles.halted_s[at] if self.engines[at].halted else math.inf
+
+    def forget_flights(self, at: int) -> list[Flight]:
+        """The requests at a node whose engine lost them."""
+        lost = self.flights_at(at)
+        self._flights[at].clear()
+        for flight in lost:
+            flight.sequence = None
+        return lost
 
     def flights_at(self, at: int) -> list[Flight]:
         """The requests at one node."""
@@ -151,7 +113,7 @@ class World:
                 if flight.open and math.isnan(flight.first_s):
                     self._leave(flight)
                     self._end(flight, End.TIMEOUT)
-        return self._figures(max(last_arrival_s, 1e-9))
+        return figures(self.policies[0].name, self.tally, self.engines, max(last_arrival_s, 1e-9))
 
     # -- a request's life
 
@@ -178,7 +140,7 @@ class World:
             sequence = flight.sequence = Running(self._order, flight.arrival)
             self._flights[at][sequence] = flight
             self.engines[at].submit(sequence, now)
-            self._schedule(at)
+            self.schedule(at)
 
     def move(self, flight: Flight) -> None:
         """Take a request that got nothing yet away from a node that does not move; it does not count as a try."""
@@ -195,7 +157,8 @@ class World:
         self._detach(flight)
         self._end(flight, End.BROKEN)
 
-    def _fail(self, flight: Flight) -> None:
+    def fail(self, flight: Flight) -> None:
+        """The node failed it before a first token: another try, if there is one."""
         assert flight.attempt is not None
         self.policies[flight.balancer].failed(flight.attempt, self.now)
         flight.tried.add(flight.attempt.target.at)
@@ -217,7 +180,7 @@ class World:
         if sequence is not None:
             del self._flights[at][sequence]
             self.engines[at].cancel(sequence, self.now)
-            self._schedule(at)
+            self.schedule(at)
         flight.attempt = None
         flight.sequence = None
 
@@ -234,7 +197,8 @@ class World:
 
     # -- events
 
-    def _schedule(self, at: int) -> None:
+    def schedule(self, at: int) -> None:
+        """See to it that the stage under way at a node will end."""
         end_s = self.engines[at].stage_end_s
         if end_s != self._scheduled[at]:
             self._scheduled[at] = end_s
@@ -249,16 +213,9 @@ class World:
         elif event is Event.FAIL:
             assert isinstance(what, Flight)
             if what.open:
-                self._fail(what)
-        elif event is Event.FAULT or event is Event.MEND:
-            assert isinstance(what, Fault)
-            (self._befall if event is Event.FAULT else self._mend)(what)
-        elif event is Event.IDLE:
-            assert isinstance(what, int)
-            if self.engines[what].halted:
-                for flight in self.flights_at(what):
-                    if not math.isnan(flight.first_s):
-                        self.break_off(flight)
+                self.fail(what)
+        elif event is Event.FAULT or event is Event.MEND or event is Event.IDLE:
+            self._troubles.happen(event, what)
         elif event is Event.REPORT:
             self._report()
         elif event is Event.SHARE:
@@ -284,14 +241,11 @@ class World:
             policies[flight.balancer].finished(flight.attempt, now)
             self.agents[at].answered(now - flight.attempt.sent_s)
             self._end(flight, End.DONE)
-        self._schedule(at)
+        self.schedule(at)
 
     def _start(self) -> None:
         scenario = self.scenario
-        for fault in scenario.faults:
-            self.push(fault.from_s, Event.FAULT, fault)
-            if fault.until_s < math.inf:
-                self.push(fault.until_s, Event.MEND, fault)
+        self._troubles.announce(scenario.faults)
         if scenario.report_s is not None:
             self.push(0.0, Event.REPORT, None)
         if len(self.policies) > 1 and scenario.share_s is not None:
@@ -311,59 +265,3 @@ class World:
                     if self.scenario.agents or not isinstance(policy, Predicted):
                         policy.reported(policy.targets[agent.at], report, self.now)
         self.push(self.now + self.scenario.report_s, Event.REPORT, None)
-
-    def _befall(self, fault: Fault) -> None:
-        at = fault.node
-        engine = self.engines[at]
-        if fault.kind == "slow":
-            engine.slow = fault.factor
-        elif fault.kind == "hang":
-            engine.halt()
-            self.halted_s[at] = self.now
-            self.push(self.now + IDLE_S, Event.IDLE, at)
-        else:
-            if fault.kind == "crash":
-                self.down[at] = True
-                self.agents[at].restarted()
-            else:
-                self.failing[at] = True
-            lost = self.flights_at(at)
-            engine.crash()
-            self._flights[at].clear()
-            for flight in lost:
-                flight.sequence = None
-                if math.isnan(flight.first_s):
-                    self._fail(flight)
-                else:
-                    self.break_off(flight)
-        self._schedule(at)
-
-    def _mend(self, fault: Fault) -> None:
-        at = fault.node
-        if fault.kind == "slow":
-            self.engines[at].slow = 1.0
-        else:
-            self.down[at] = self.failing[at] = False
-            self.engines[at].resume(self.now)
-        self._schedule(at)
-
-    def _figures(self, length_s: float) -> Figures:
-        tally, engines = self.tally, self.engines
-        requests = sum(tally.ends)
-        total = max(1, requests)
-        prompts = sum(engine.prompt_tokens for engine in engines)
-        return Figures(
-            policy=self.policies[0].name,
-            requests=requests,
-            ttft_s=three(tally.ttft_s),
-            e2e_s=three(tally.e2e_s),
-            tpot_s=three(tally.tpot_s),
-            timeout_ratio=tally.ends[End.TIMEOUT] / total,
-            error_ratio=(tally.ends[End.FAILED] + tally.ends[End.BROKEN] + tally.ends[End.REJECTED]) / total,
-            slo_ratio=tally.good / total,
-            goodput_per_s=tally.good / length_s,
-            hit_ratio=sum(engine.hit_tokens for engine in engines) / max(1, prompts),
-            imbalance=variation([engine.busy_s for engine in engines]),
-            preemptions=sum(engine.preemptions for engine in engines),
-            ends=tuple(tally.ends),
-        )

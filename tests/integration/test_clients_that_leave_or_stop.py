@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from loadtest.faults import Fault
 from tests.harness import Balancer
 from tests.integration.conftest import Serve
 from tests.integration.raw_http import CHAT, MODEL, Wire, ask, chat, chunked, payloads, post, text_of
-from tests.integration.scripted_node import ScriptedNode, stream_head
+from tests.integration.scripted_node import ScriptedNode, ok, stream_head
 
 SPEECH = {"model": MODEL, "input": "one two three four five six seven", "voice": "x"}
 
@@ -206,3 +208,41 @@ async def test_a_reader_that_stopped_and_leaves_is_felt_at_the_node(serve: Serve
         await nothing_is_left(balancer)
         assert flood.sent < len(flood.body)
         assert json.loads(node.requests[0].body)["stream"] is True
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_answers_that_nobody_reads_do_not_pile_up(serve: Serve, bystander: FakeNode, cached: bool) -> None:
+    async with ScriptedNode(ok({"id": "x", "filler": "y" * 900_000})) as node:
+        balancer = await serve(node, {"url": bystander.url, "models": ["other"]}, cache={"enabled": cached})
+        assert len((await ask(balancer, chat())).body) > 900_000
+        reader = await Wire.to(balancer, limit=65536)
+        reader.send(post(chat()) * 200)
+        before, count = -1, 0
+        while before != len(balancer.requests) - count:
+            before = len(balancer.requests) - count
+            for _ in range(5):
+                count += 1
+                assert (await ask(balancer, {**chat(str(count)), "model": "other"})).status == 200
+        assert before < 100  # what the kernel's buffers on both sides take, and a little
+        for _ in range(200):
+            assert len((await reader.answer()).body) > 900_000
+
+
+# -- what a client may make us remember
+
+
+async def test_what_clients_call_their_models_is_not_remembered_at_length(balancer: Balancer, node: FakeNode) -> None:
+    large = "m" * 900_000
+    assert (await ask(balancer, chat(model=large))).status == 404
+    tracemalloc.start(1)
+    try:
+        for number in range(20):
+            answer = await ask(balancer, chat(model=f"{large}{number}"))
+            assert (answer.status, answer.code) == (404, "unknown_model")
+        balancer.requests.clear()  # the test's own
+        gc.collect()
+        remembered, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert remembered < 5_000_000
+    assert node.requests == []

@@ -199,7 +199,7 @@ async def test_a_kept_connection_gets_503_draining_once_the_listener_is_closed()
 
 async def test_a_request_that_was_still_arriving_is_answered() -> None:
     async with draining(drain_s=LONG_S) as (node, balancer, client):
-        story = await begun(node, client, Fault("hang", after_events=3))
+        story = await begun(node, client, Fault("hang", after_events=3, first=1))
         wire = await Wire.to(balancer)
         request = post(chat("slowly"))
         wire.send(request[:-10])

@@ -32,6 +32,9 @@ APT_FOLDER = Path("/etc/apt")
 FETCH_WITHIN_S = 180.0
 START_WITHIN_S = 30.0
 MODEL = "tiny"
+# It gives each connection a thread, idle ones too. Left to itself it makes too few at a burst: new connections then
+# wait 5 s, until kept-alive ones are given up.
+HTTP_THREADS = "64"
 
 
 class Unavailable(Exception):
@@ -172,19 +175,8 @@ async def engine(*, slots: int = 4) -> AsyncIterator[Engine]:
     libraries = root / "usr/lib/x86_64-linux-gnu"
     words = [root / "usr/lib64/ld-linux-x86-64.so.2", "--library-path", f"{libraries}:{libraries}/llama"]
     words += [root / "usr/bin/llama-server", "--model", folder / "model.gguf", "--alias", MODEL]
-    words += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--metrics",
-        "--slots",
-        "--threads",
-        "1",
-        "--threads-http",
-        "64",
-    ]
-    words += ["--parallel", str(slots), "--ctx-size", str(slots * tiny_model.CONTEXT)]
+    words += ["--host", "127.0.0.1", "--port", str(port), "--metrics", "--slots", "--threads", "1"]
+    words += ["--threads-http", HTTP_THREADS, "--parallel", str(slots), "--ctx-size", str(slots * tiny_model.CONTEXT)]
     process = await asyncio.create_subprocess_exec(
         *words,
         env={**os.environ, "GGML_BACKEND_PATH": str(libraries / "ggml/backends0" / _backend())},
