@@ -41,6 +41,28 @@ async def test_a_body_reaches_the_node_byte_for_byte(balancer: Balancer, node: F
     assert [request.body for request in node.requests] == [body]
 
 
+@pytest.mark.parametrize("size", [70_000, 300_000, 1_500_000, 8_000_000])
+async def test_a_large_body_reaches_the_node_byte_for_byte_and_is_cached(serve: Serve, size: int) -> None:
+    body = b'{"model":"sim-model", "temperature":0,\n "messages":[{"role":"user","content":"%b"}]}' % (
+        b"ab" * (size // 2)
+    )
+    async with ScriptedNode(ok(GOOD)) as node:
+        balancer = await serve(node)
+        assert [(await ask(balancer, body)).cache for _ in range(2)] == ["miss", "hit"]
+        assert [request.body == body for request in node.requests] == [True]
+        wire = await Wire.to(balancer)
+        answer = await wire.ask(post(body + b" ", CHAT, "X-Balancer-Cache: bypass"))
+        assert (answer.cache, answer.json) == ("bypass", GOOD)
+        assert [request.body == body + b" " for request in node.requests[1:]] == [True]
+
+
+@pytest.mark.parametrize("query", ["?a=b#c", "?%00%ff", "?a?b&c=d;e", "?'\"<>{}|\\^`", "?é"])
+async def test_a_query_reaches_the_node_as_it_is_or_is_refused(balancer: Balancer, node: FakeNode, query: str) -> None:
+    answer = await ask(balancer, chat(), CHAT + query)
+    assert answer.status in (200, 400)
+    assert [request.target for request in node.requests] == [CHAT + query] * (answer.status == 200)
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -101,6 +101,24 @@ async def test_a_body_that_is_no_plain_json_object_is_400(
     assert len(node.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a":"%b"' % (b"x" * 2_000_000),
+        b"[%b1]" % (b"1," * 1_000_000),
+        b'{"a":%b1}' % (b"[" * 1_500_000),
+        b"1" * 2_000_000,
+    ],
+    ids=["cut", "list", "deep", "number"],
+)
+async def test_a_large_body_that_is_no_json_object_is_400(balancer: Balancer, node: FakeNode, body: bytes) -> None:
+    wire = await Wire.to(balancer)
+    wire.send(post(body) + get("/healthz") + post(chat()))
+    assert told(await wire.answer()) == (400, "invalid_json")
+    assert [(await wire.answer()).status for _ in range(2)] == [200, 200]
+    assert len(node.requests) == 1
+
+
 async def test_json_up_to_the_limits_is_taken(balancer: Balancer, node: FakeNode) -> None:
     for extra in ("[" * 127 + "]" * 127, "9" * 300, '"' + "[" * 500 + '"', '"' + "9" * 9000 + '"'):
         body = json.dumps(chat()).replace("}]", f'}}],"extra":{extra}', 1).encode()
@@ -167,8 +185,10 @@ async def test_any_other_path_is_404(balancer: Balancer, node: FakeNode, path: s
 async def test_any_other_method_is_405_and_told_what_is_allowed(
     balancer: Balancer, node: FakeNode, method: str, path: str, allow: str
 ) -> None:
-    answer = await (await Wire.to(balancer)).ask(get(path, method=method))
+    wire = await Wire.to(balancer)
+    answer = await wire.ask(get(path, method=method))
     assert (answer.status, answer.header("allow")) == (405, allow)
+    assert await wire.ends() == b""
     assert method == "HEAD" or told(answer) == (405, "method_not_allowed")
     assert node.requests == []
 

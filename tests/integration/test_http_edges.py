@@ -389,6 +389,18 @@ async def test_a_slow_head_is_408(node: FakeNode, serve: Serve) -> None:
     assert await wire.ends() == b""
 
 
+async def test_a_head_that_drips_is_408_on_a_kept_connection_too(node: FakeNode, serve: Serve) -> None:
+    balancer = await serve(node, limits={"head_timeout_s": 0.2})
+    wire = await Wire.to(balancer)
+    assert (await wire.ask(post(chat()))).status == 200
+    wire.send(b"POST /v1/chat/completions HTTP/1.1\r\nX-Drip: ")
+    answering = asyncio.ensure_future(wire.answer())
+    while not answering.done():
+        wire.send(b"x")  # never a pause
+        await asyncio.wait([answering], timeout=0.01)
+    assert (answering.result().status, answering.result().code) == (408, "request_timeout")
+
+
 async def test_a_connection_that_says_nothing_is_closed(node: FakeNode, serve: Serve) -> None:
     balancer = await serve(node, limits={"head_timeout_s": 0.05})
     wire = await Wire.to(balancer)

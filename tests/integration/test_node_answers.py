@@ -118,9 +118,8 @@ async def test_a_list_is_a_good_answer_where_servers_give_one(serve: Serve, path
 
 @pytest.mark.parametrize("status", [400, 402, 409, 410, 413, 415, 418, 422, 451])
 async def test_a_nodes_word_about_the_request_is_passed_on_as_it_came(serve: Serve, status: int) -> None:
-    told = ok(
-        b'{ "detail" :\t"no" }', "Retry-After: 5", "X-Why: y", status=f"{status} No", kind="application/problem+json"
-    )
+    kind = "application/problem+json"
+    told = ok(b'{ "detail" :\t"no" }', "Retry-After: 5", "X-Why: y", status=f"{status} No", kind=kind)
     async with ScriptedNode(told) as one, ScriptedNode(told) as two:
         answer = await ask(await serve(one, two), chat())
         assert (answer.status, answer.body) == (status, b'{ "detail" :\t"no" }')

@@ -264,6 +264,55 @@ async def finished(balancer: Balancer, code: str) -> bool:
     return True
 
 
+NODE_ERRORS = {
+    "chat": data({"error": {"message": "engine died", "code": 500}}),
+    "completions": data({"error": {"message": "engine died"}}),
+    "messages": named("error", error={"type": "api_error", "message": "engine died"}),
+    "responses": named("error", code="server_error", message="engine died"),
+    "generate_stream": data({"error": "engine died", "error_type": "generation"}),
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+async def test_a_nodes_own_error_event_becomes_the_one_error_event(serve: Serve, name: str) -> None:
+    dialect = DIALECTS[name]
+    seen = dialect.events[: dialect.content + 1]
+    script = Steps(stream_head() + chunked(*seen)[:-5], chunked(NODE_ERRORS[name], dialect.events[-1]), then=finish)
+    async with ScriptedNode(script) as node:
+        wire = await Wire.to(await serve(node, **PATIENT))
+        wire.send(post(dialect.body, dialect.path))
+        script.go()
+        await wire.head()
+        body = b""
+        while body != b"".join(seen):
+            body += await wire.chunk()
+        script.go()
+        rest = b"".join([part async for part in wire.chunks()])
+        assert rest.startswith(dialect.error_begins)
+        (error,) = payloads(rest)
+        assert dialect.error(error) == "upstream_bad_answer"
+        assert "engine died" in rest.decode()
+
+
+async def test_a_stream_that_stops_inside_an_event_too_large_to_hold_does_not_look_whole(serve: Serve) -> None:
+    half = delta("y" * 600_000)[:400_000]
+    script = Steps(stream_head() + chunked(delta("x"), half)[:-5], then=finish)
+    async with ScriptedNode(script) as node:
+        wire = await Wire.to(await serve(node, **PATIENT))
+        wire.send(post(chat(stream=True)))
+        script.go()
+        await wire.head()
+        got = b""
+        while len(got) < 390_000:
+            got += await wire.chunk()
+        script.go()
+        rest = await wire.breaks()
+        assert b"[DONE]" not in rest
+        if rest.endswith(b"0\r\n\r\n"):  # ended cleanly: then with an error event of its own
+            last = rest.split(b"\r\n")[-4]
+            assert openai_code(payloads(last[last.rindex(b"data: ") :])[-1]) == "upstream_truncated"
+
+
 @each_dialect
 async def test_a_stream_that_breaks_before_its_first_content_is_another_nodes_from_the_beginning(
     serve: Serve, dialect: Dialect
