@@ -17,7 +17,7 @@ from balancer.cache import ResponseCache
 from balancer.clock import Clock, SystemClock
 from balancer.core.node import NodeConfig
 from balancer.core.request import NodeId
-from balancer.core.selection import policy_named
+from balancer.core.routing import Routing, routing_of
 from balancer.explain import Ring
 from balancer.flight import Flights
 from balancer.intake import Intake
@@ -116,7 +116,7 @@ class App:
         self.attempts = Attempts(
             registry=self.registry,
             admission=self.admission,
-            choose=policy_named(settings.routing.policy),
+            routing=routing_of(settings.routing),
             retry=settings.retry,
             limits=_answer_limits(settings),
             connect_s=settings.timeouts.connect_s,
@@ -126,6 +126,7 @@ class App:
             wheel=self.wheel,
             rng=self._rng,
         )
+        self._follow_fleet()
         date = DateHeader()
         flights = Flights(self.admission, self.attempts, self.cache, clock)
         self.port = DataPort(
@@ -143,6 +144,16 @@ class App:
         self.metrics.event_loop_lag.read = lambda: [((), self._lag_s)]
         self.metrics.connections.read = lambda: [((), float(self.port.connections))]
         self.metrics.buffered.read = lambda: [((), float(self.port.buffered.bytes))]
+
+    def _follow_fleet(self) -> None:
+        """What agents say, and nodes' going, reach the routing in force."""
+        attempts = self.attempts
+        self.registry.on_report = lambda node, report, at_s, now: attempts.routing.reported(node, report, at_s, now)
+        self.registry.on_gone = lambda id_: attempts.routing.forget(id_)
+
+    def _routing_of(self, old: Settings, new: Settings) -> Routing:
+        """What was learned stays, unless another policy is asked for."""
+        return self.attempts.routing if old.routing.policy == new.routing.policy else routing_of(new.routing)
 
     def _make_store(self) -> Store:
         settings = self._settings
@@ -279,9 +290,7 @@ class App:
         self.port.revision += 1
         self.cache.configure(new.cache, self.intake.rules)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
-        self.attempts.configure(
-            policy_named(new.routing.policy), new.retry, _answer_limits(new), new.timeouts.connect_s
-        )
+        self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
         self.registry.configure(new.routing)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)

@@ -7,19 +7,21 @@ from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from random import Random
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from tenacity import AsyncRetrying, RetryCallState
 
 from balancer.admission import Admission
 from balancer.clock import Clock
+from balancer.core.books import Sent
 from balancer.core.breaker import Permit
 from balancer.core.node import Node
 from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Outcome
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
-from balancer.core.selection import Candidates, Choose, pick
+from balancer.core.routing import Routing
+from balancer.core.selection import Candidates
 from balancer.errors import (
     BadAnswer,
     BalancerError,
@@ -49,17 +51,28 @@ POISON_DEATHS = 2
 SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
 
 
+class Slot(NamedTuple):
+    """A node, the right to one attempt there, and its entry in the node's books."""
+
+    node: Node
+    permit: Permit
+    sent: Sent | None
+
+
 class Attempt:
     """One try on one node. Used as a context: leaving it settles the node's books exactly once."""
 
-    __slots__ = ("_attempts", "_permit", "_settled", "answer", "call", "connect_outcome", "node", "started_s")
+    __slots__ = ("_attempts", "_settled", "answer", "call", "connect_outcome", "node", "request", "slot", "started_s")
 
-    def __init__(self, attempts: Attempts, node: Node, permit: Permit, answer: Answer, call: Call, now: float) -> None:
+    def __init__(
+        self, attempts: Attempts, slot: Slot, answer: Answer, request: InferenceRequest, call: Call, now: float
+    ) -> None:
         self._attempts = attempts
-        self._permit = permit
         self._settled = False
-        self.node = node
+        self.slot = slot
+        self.node = slot.node
         self.answer = answer
+        self.request = request
         self.call = call
         self.started_s = now
         self.connect_outcome: Outcome | None = None
@@ -80,7 +93,11 @@ class Attempt:
         """The attempt is over: count it for the node."""
         if not self._settled:
             self._settled = True
-            self._attempts.settled(self, self._permit)
+            self._attempts.settled(self)
+
+    def first_token(self, now: float) -> None:
+        """The first token of a stream came."""
+        self._attempts.routing.first_token(self.node, self.slot.sent, now)
 
 
 class _NobodyLeft(BalancerError):
@@ -99,7 +116,7 @@ class Attempts:
         *,
         registry: Registry,
         admission: Admission,
-        choose: Choose,
+        routing: Routing,
         retry: RetryPolicy,
         limits: AnswerLimits,
         connect_s: float,
@@ -111,7 +128,7 @@ class Attempts:
     ) -> None:
         self._registry = registry
         self._admission = admission
-        self._choose = choose
+        self.routing = routing
         self._policy = retry
         self._limits = limits
         self._connect_s = connect_s
@@ -124,9 +141,9 @@ class Attempts:
         self._pools: dict[NodeId, tuple[str, NodePool, bytes]] = {}
         self._no_usage: set[NodeId] = set()  # nodes that refused `stream_options`
 
-    def configure(self, choose: Choose, retry: RetryPolicy, limits: AnswerLimits, connect_s: float) -> None:
+    def configure(self, routing: Routing, retry: RetryPolicy, limits: AnswerLimits, connect_s: float) -> None:
         """New settings, for attempts that begin from now on."""
-        self._choose = choose
+        self.routing = routing
         self._policy = retry
         self._limits = limits
         self._connect_s = connect_s
@@ -202,7 +219,8 @@ class Attempts:
 
     async def _try(self, request: InferenceRequest, call: Call) -> Attempt:
         """One attempt, up to its commit point or its failure."""
-        node, permit = await self._slot(request, call)
+        slot = await self._slot(request, call)
+        node = slot.node
         now = self._clock.now()
         endpoint = request.endpoint
         answer = Answer(
@@ -215,7 +233,9 @@ class Attempts:
             json_only=not endpoint.binary,
             deadline_s=request.deadline_s,
         )
-        attempt = Attempt(self, node, permit, answer, call, now)
+        attempt = Attempt(self, slot, answer, request, call, now)
+        if slot.sent is not None and request.stream:
+            answer.on_first_token = attempt.first_token
         try:
             pool, credentials = self._pool(node)
             connection = pool.idle(now) or await self._connect(pool, attempt, request.deadline_s - now)
@@ -235,24 +255,24 @@ class Attempts:
             attempt.settle()
         return attempt
 
-    async def _slot(self, request: InferenceRequest, call: Call) -> tuple[Node, Permit]:
+    async def _slot(self, request: InferenceRequest, call: Call) -> Slot:
         """A node and the right to one attempt there; waits in the queue while every node left is full."""
         taken = None
         if not (self._registry.is_bounded and self._admission.is_contended):
             taken = self._select(request, call)
         if taken is None:
             taken = await self._admission.wait_for(
-                request, call, lambda: self._select(request, call), lambda unused: self._unselect(request, *unused)
+                request, call, lambda: self._select(request, call), lambda unused: self._unselect(request, unused)
             )
         call.attempts_begun += 1
         return taken
 
-    def _select(self, request: InferenceRequest, call: Call) -> tuple[Node, Permit] | None:
+    def _select(self, request: InferenceRequest, call: Call) -> Slot | None:
         """Pick, permit and in-flight + 1 in one step; None while every node left is full. Raises _NobodyLeft."""
         registry, now = self._registry, self._clock.now()
         while True:
             candidates = registry.candidates(request.model, now)
-            node = pick(candidates, request, self._choose, request.tried, now, self._rng)
+            node = self.routing.pick(candidates, request, now, self._rng)
             if node is None:
                 if any(node.id not in request.tried for node in candidates.nodes):
                     return None
@@ -261,11 +281,12 @@ class Attempts:
             permit = registry.acquire(node, panic=candidates.panic, now=now)
             if permit is not None:
                 call.panic = call.panic or candidates.panic
-                return node, permit
+                return Slot(node, permit, self.routing.dispatched(node, request, now))
 
-    def _unselect(self, request: InferenceRequest, node: Node, permit: Permit) -> None:
-        request.tried.discard(node.id)
-        self._registry.give_back(node, permit)
+    def _unselect(self, request: InferenceRequest, slot: Slot) -> None:
+        request.tried.discard(slot.node.id)
+        self.routing.ended(slot.node, slot.sent, request, Outcome.CLIENT_GONE, None, self._clock.now())
+        self._registry.give_back(slot.node, slot.permit)
 
     @staticmethod
     async def _connect(pool: NodePool, attempt: Attempt, left_s: float) -> NodeConnection | None:
@@ -358,11 +379,14 @@ class Attempts:
         for _, pool, _ in self._pools.values():
             pool.close()
 
-    def settled(self, attempt: Attempt, permit: Permit) -> None:
+    def settled(self, attempt: Attempt) -> None:
         """Count one attempt's end, for its node and for the metrics."""
         now = self._clock.now()
         outcome, node, answer = attempt.outcome, attempt.node, attempt.answer
-        self._registry.settle(node, permit, outcome, now)
+        self._registry.settle(node, attempt.slot.permit, outcome, now)
+        if attempt.slot.sent is not None:
+            used = (answer.usage.prompt, answer.usage.completion) if answer.usage is not None else None
+            self.routing.ended(node, attempt.slot.sent, attempt.request, outcome, used, now)
         if answer.first_token_s:
             node.load.first_token(answer.first_token_s - answer.sent_s, now)
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)

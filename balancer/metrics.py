@@ -160,7 +160,7 @@ class Metrics:
         self.hedges = Counter("balancer_hedges_total", "Second attempts started beside a slow first", ("won",))
         self.resumes = Counter("balancer_resumes_total", "Streams continued on another node", ("outcome",))
         self.node_requests_in_flight = Gauge("balancer_node_requests_in_flight", "Our requests at a node", ("node",))
-        self.node_cost = Gauge("balancer_node_cost_seconds", "What the next request would cost there", ("node",))
+        self.node_cost = Gauge("balancer_node_cost_seconds", "Predicted seconds of prompts queued there", ("node",))
         self.node_state = Gauge("balancer_node_state", "1 for the state that a node is in", ("node", "state"))
         self.breaker_state = Gauge("balancer_breaker_state", "0 closed, 1 half-open, 2 open", ("node",))
         self.report_age = Gauge("balancer_report_age_seconds", "Age of what a node's agent last said", ("node",))

@@ -46,8 +46,9 @@ class Registry:
         self._rng = rng
         self._nodes: dict[NodeId, Node] = {}
         self._candidates: dict[str, Candidates] = {}
-        self._last_states: dict[NodeId, str] = {}
         self._listeners: list[Callable[[], None]] = []
+        self.on_report: Callable[[Node, NodeReport, float, float], None] | None = None
+        self.on_gone: Callable[[NodeId], None] | None = None
         self.started_s = now()
         self.listed_models: frozenset[str] = frozenset()  # that some node serves: they may be metrics' labels
         self.is_bounded = False  # some node has a `max_in_flight`
@@ -83,6 +84,8 @@ class Registry:
             old.added_at_run_time = at_run_time
             self.touch()
             return old
+        if old is not None and self.on_gone is not None:
+            self.on_gone(id_)
         node = Node(config, id_, Breaker(self._breaker_policy, self._rng))
         node.added_at_run_time = at_run_time
         node.drained_by_operator = old is not None and old.drained_by_operator
@@ -98,7 +101,8 @@ class Registry:
         node = self._nodes.pop(id_, None)
         if node is not None:
             self._metrics.attempts.forget("node", id_)
-            self._last_states.pop(id_, None)
+            if self.on_gone is not None:
+                self.on_gone(id_)
             log.info("node.removed", node=id_)
             self.touch()
         return node
@@ -176,6 +180,8 @@ class Registry:
         node.report = report
         node.report_at_s = now - host.age_s
         node.load.picks_since_report = 0
+        if self.on_report is not None:
+            self.on_report(node, report, node.report_at_s, now)
         node.health = assess(report, previous, self._health_policy, now)
         if host.drain != node.drained_by_agent:
             node.drained_by_agent = host.drain
@@ -336,6 +342,7 @@ class Registry:
         nodes = self._nodes
         metrics = self._metrics
         metrics.node_requests_in_flight.read = lambda: [((n.id,), float(n.load.rif)) for n in nodes.values()]
+        metrics.node_cost.read = lambda: [((n.id,), n.books.backlog_s(self._now())) for n in nodes.values()]
         metrics.breaker_state.read = lambda: [((n.id,), breaker_values[n.breaker.state]) for n in nodes.values()]
         metrics.report_age.read = lambda: [
             ((n.id,), self._now() - n.report_at_s) for n in nodes.values() if n.report is not None

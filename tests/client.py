@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,13 @@ def fleet(*nodes: FakeNode | str, **fields: Any) -> list[dict[str, Any]]:
 def paced_node(**spec: Any) -> FakeNode:
     """A node that sends event after event: an instant one's whole answer comes in one read."""
     return FakeNode(ttft_s_per_token=0.0, itl_s=0.002, **spec)
+
+
+@asynccontextmanager
+async def instant_nodes(count: int) -> AsyncIterator[list[FakeNode]]:
+    """Nodes that take no time."""
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(FakeNode(instant=True, seed=seed)) for seed in range(count)]
 
 
 @dataclass(frozen=True, slots=True)

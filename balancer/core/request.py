@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NewType
+from typing import TYPE_CHECKING, Any, NewType
+
+if TYPE_CHECKING:
+    from balancer.core.books import Work
+    from balancer.core.prompt_blocks import Prompt
 
 TenantId = NewType("TenantId", str)
 NodeId = NewType("NodeId", str)
@@ -109,6 +113,9 @@ class InferenceRequest:
     deadline_s: float
     http10: bool
     tried: set[NodeId] = field(default_factory=set)
+    prompt: Prompt | None = None  # what there is to read in it, and
+    work: Work | None = None  # what it asks of a node: both made by the routing that uses them
+    held_blocks: int = 0  # leading blocks of its prompt that the node picked last holds
 
     @property
     def query(self) -> bytes:
@@ -144,10 +151,14 @@ class InferenceRequest:
 
     def max_tokens(self) -> int:
         """Tokens that may be generated: what the body allows, else the prior."""
+        return self.asked_tokens() or EXPECTED_OUTPUT_TOKENS
+
+    def asked_tokens(self) -> int | None:
+        """The most tokens that the body lets a node generate; None where it does not say."""
         parsed = self.parsed
         if parsed is not None:
             for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
                 value = parsed.get(name)
                 if type(value) is int and value > 0:
                     return value
-        return EXPECTED_OUTPUT_TOKENS
+        return None

@@ -19,10 +19,12 @@ from balancer.core.request import InferenceRequest, NodeId
 # Up to this many candidates all are scored; of more, this many at random. 12 of 100 come within 1 % of all.
 FULL_SCAN = 16
 SAMPLE = 12
+# While some node's share is cut, it is looked at again this often whether that is over.
+CAUTION_LOOK_S = 1.0
 # What a node that failed every recent attempt costs, in outstanding requests: more than a busy node ever holds.
 FAILURE_PRICE_REQUESTS = 50.0
 
-PolicyName = Literal["least_outstanding", "power_of_two", "round_robin", "weighted"]
+PolicyName = Literal["predicted_cost", "least_outstanding", "power_of_two", "round_robin", "weighted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class Candidates:
     until_s: float
     serving: int  # nodes that serve the model, whatever their state
     blocked_until_s: float | None  # set when back-pressure alone leaves nobody
+    bounded: bool = False  # some node has a `max_in_flight`
+    cautious: bool = False  # some node's share is cut: slow start, back-pressure, degraded
 
 
 def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidates:
@@ -68,7 +72,15 @@ def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidat
     panic = bool(up) and len(healthy) < max(1.0, policy.panic_ratio * len(ready)) and len(healthy) < len(up)
     chosen = up if panic else healthy
     blocked_until_s = min(node.blocked_until_s for node in resting) if resting and not chosen else None
-    return Candidates(tuple(chosen), panic, until_s, len(serving), blocked_until_s)
+    cautious = any(_is_cut(node, now) for node in chosen)
+    if cautious:
+        until_s = min(until_s, now + CAUTION_LOOK_S)
+    bounded = any(node.config.max_in_flight is not None for node in chosen)
+    return Candidates(tuple(chosen), panic, until_s, len(serving), blocked_until_s, bounded, cautious)
+
+
+def _is_cut(node: Node, now: float) -> bool:
+    return now - node.ramp_from_s < RAMP_S or now - node.cut_s < CUT_S or bool(node.health.reasons)
 
 
 def pick(
@@ -97,10 +109,8 @@ Choose = Callable[[Sequence[Node], InferenceRequest, float, Random], Node]
 def outstanding_score(node: Node, now: float) -> float:
     """Requests in flight over the node's share, plus the fading price of its failures (in requests)."""
     load = node.load
-    if now - node.ramp_from_s < RAMP_S or now - node.cut_s < CUT_S or node.health.reasons:
-        score = (load.rif + 1) / node.share(now)
-    else:
-        score = (load.rif + 1) / node.weight
+    share = node.share(now) if _is_cut(node, now) else node.weight
+    score = (load.rif + 1) / share
     if load.failure > 0.0:
         score += FAILURE_PRICE_REQUESTS * load.failure_now(now)
     return score
@@ -190,7 +200,7 @@ def _normalised(values: Mapping[NodeId, float | None]) -> Mapping[NodeId, float]
 
 
 def policy_named(name: PolicyName) -> Choose:
-    """A policy with its own fresh state."""
+    """A scored policy with its own fresh state. KeyError for one that is not scored."""
     if name == "round_robin":
         return RoundRobin()
     return {"least_outstanding": least_outstanding, "power_of_two": power_of_two, "weighted": weighted}[name]

@@ -7,6 +7,7 @@ is held whole and checked, and why a stream's head waits for its first content e
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import orjson
@@ -99,6 +100,7 @@ class Answer:
         "last_byte_s",
         "length",
         "message",
+        "on_first_token",
         "outcome",
         "sent_s",
         "usage",
@@ -136,6 +138,7 @@ class Answer:
         self.usage: Usage | None = None  # tokens as the node counted them, once it said so
         self.outcome: Outcome | None = None  # set when the answer is over, well or badly
         self.message: str | None = None
+        self.on_first_token: Callable[[float], None] | None = None
         self.committed = False
         self.ended = False
         self.sent_s = 0.0
@@ -327,7 +330,7 @@ class Answer:
             self.message = scanner.message
             self._fail(scanner.outcome)
         elif scanner.content:
-            self.first_token_s = now
+            self._first_token(now)
             self._commit(now)
         elif self._held_bytes > self._limits.check_bytes:
             self._commit(now)
@@ -338,7 +341,7 @@ class Answer:
         assert self._sink is not None
         events = scanner.feed(data)
         if self.first_token_s == 0.0 and scanner.content:
-            self.first_token_s = now
+            self._first_token(now)
         if events:
             self._sink.write(events)
         if scanner.outcome is not None:
@@ -346,6 +349,11 @@ class Answer:
             self._fail(scanner.outcome)
         elif scanner.good_end:
             self._due_sooner(now + END_S)
+
+    def _first_token(self, now: float) -> None:
+        self.first_token_s = now
+        if self.on_first_token is not None:
+            self.on_first_token(now)
 
     def _check_json(self) -> Outcome:
         """A good unary answer is a JSON object (or, where the endpoint allows, an array) without an error in it."""

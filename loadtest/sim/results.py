@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -104,9 +104,38 @@ def variation(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / mean
 
 
+def mean(runs: Sequence[Figures]) -> Figures:
+    """Several runs of one thing as one: each figure's mean, counts added up."""
+    count = len(runs)
+
+    def average(pick: Callable[[Figures], float]) -> float:
+        return sum(pick(run) for run in runs) / count
+
+    def averages(pick: Callable[[Figures], tuple[float, float, float]]) -> tuple[float, float, float]:
+        first, second, third = (sum(values) / count for values in zip(*(pick(run) for run in runs), strict=True))
+        return first, second, third
+
+    return Figures(
+        policy=runs[0].policy,
+        requests=sum(run.requests for run in runs),
+        ttft_s=averages(lambda run: run.ttft_s),
+        e2e_s=averages(lambda run: run.e2e_s),
+        tpot_s=averages(lambda run: run.tpot_s),
+        timeout_ratio=average(lambda run: run.timeout_ratio),
+        error_ratio=average(lambda run: run.error_ratio),
+        slo_ratio=average(lambda run: run.slo_ratio),
+        goodput_per_s=average(lambda run: run.goodput_per_s),
+        hit_ratio=average(lambda run: run.hit_ratio),
+        imbalance=average(lambda run: run.imbalance),
+        preemptions=sum(run.preemptions for run in runs),
+        ends=tuple(sum(counts) for counts in zip(*(run.ends for run in runs), strict=True)),
+    )
+
+
 def figures(policy: str, tally: Tally, engines: Sequence[Engine], length_s: float) -> Figures:
     """The figures of a run whose arrivals took `length_s`."""
     total = max(1, sum(tally.ends))
+    prompts = sum(engine.prompt_tokens for engine in engines)
     errors = tally.ends[End.FAILED] + tally.ends[End.BROKEN] + tally.ends[End.REJECTED]
     return Figures(
         policy=policy,
@@ -118,8 +147,7 @@ def figures(policy: str, tally: Tally, engines: Sequence[Engine], length_s: floa
         error_ratio=errors / total,
         slo_ratio=tally.good / total,
         goodput_per_s=tally.good / length_s,
-        hit_ratio=sum(engine.hit_tokens for engine in engines)
-        / max(1, sum(engine.prompt_tokens for engine in engines)),
+        hit_ratio=sum(engine.hit_tokens for engine in engines) / max(1, prompts),
         imbalance=variation([engine.busy_s for engine in engines]),
         preemptions=sum(engine.preemptions for engine in engines),
         ends=tuple(tally.ends),

@@ -60,16 +60,6 @@ log: {{level: info, format: auto}}
 EXAMPLES = ("nodes", "models", "auth")
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "settings.yaml"
-
-
-def write(file: Path, data: Any) -> str:
-    file.write_text(data if isinstance(data, str) else yaml.safe_dump(data), encoding="utf-8")
-    return str(file)
-
-
 def places(data: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
     """The path of every name in the file."""
     if isinstance(data, dict):
@@ -79,6 +69,19 @@ def places(data: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
     elif isinstance(data, list):
         for index, value in enumerate(data):
             yield from places(value, *path, index)
+
+
+PLACES = list(places(yaml.safe_load(CONTRACT)))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "settings.yaml"
+
+
+def write(file: Path, data: Any) -> str:
+    file.write_text(data if isinstance(data, str) else yaml.safe_dump(data), encoding="utf-8")
+    return str(file)
 
 
 def test_contracts_settings_load(file: Path) -> None:
@@ -94,23 +97,25 @@ def test_contracts_values_are_the_defaults(file: Path) -> None:
         assert getattr(settings, name) == getattr(defaults, name), name
 
 
-@pytest.mark.parametrize("path", places(yaml.safe_load(CONTRACT)), ids=lambda path: ".".join(map(str, path)))
-def test_every_name_of_the_contract_exists(path: tuple[str | int, ...], file: Path) -> None:
-    value: Any = load(write(file, CONTRACT), {})
-    for part in path:
-        if isinstance(part, int):
-            value = value[part]
-        else:
-            names = (
-                set(Settings.model_fields)
-                if isinstance(value, Settings)
-                else {field.name for field in dataclasses.fields(value)}
-            )
-            assert part in names
-            value = getattr(value, part)
+def test_every_name_of_the_contract_exists(file: Path) -> None:
+    settings = load(write(file, CONTRACT), {})
+    for path in PLACES:
+        value: Any = settings
+        for part in path:
+            if isinstance(part, int):
+                value = value[part]
+            else:
+                assert part in names_of(value), path
+                value = getattr(value, part)
 
 
-@pytest.mark.parametrize("path", places(yaml.safe_load(CONTRACT)), ids=lambda path: ".".join(map(str, path)))
+def names_of(value: Any) -> set[str]:
+    if isinstance(value, Settings):
+        return set(Settings.model_fields)
+    return {field.name for field in dataclasses.fields(value)}
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
 def test_misspelt_name_stops_the_start_and_is_told(path: tuple[str | int, ...], file: Path) -> None:
     data: Any = yaml.safe_load(CONTRACT)
     place = data

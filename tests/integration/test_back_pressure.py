@@ -11,7 +11,7 @@ import pytest
 from balancer.clock import SystemClock
 from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
-from tests.client import chat, client_of, fleet
+from tests.client import chat, client_of, fleet, instant_nodes
 from tests.harness import QUIET, running
 
 
@@ -124,14 +124,13 @@ async def test_a_retry_after_may_be_a_date() -> None:
 
 
 async def test_nodes_that_say_429_do_not_hide_one_that_would_answer() -> None:
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as free:
-            for node in (a, b, c):
-                push_back(node, retry_after=30)
-            nodes = fleet(a, b, c, free)
-            async with running(*nodes, **QUIET) as balancer, client_of(balancer.url) as client:
-                reply = await client.post(chat())
-            assert reply.status == 200, "the client gets 429 when all say so, and one did not"
+    async with instant_nodes(4) as (a, b, c, free):
+        for node in (a, b, c):
+            push_back(node, retry_after=30)
+        nodes = fleet(a, b, c, free)
+        async with running(*nodes, **QUIET) as balancer, client_of(balancer.url) as client:
+            reply = await client.post(chat())
+        assert reply.status == 200, "the client gets 429 when all say so, and one did not"
 
 
 @pytest.mark.parametrize("order", [(500, 429), (429, 500)])

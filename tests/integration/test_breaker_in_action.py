@@ -65,7 +65,7 @@ async def test_five_failures_in_a_row_open_the_breaker_and_the_node_is_asked_no_
 
 
 async def test_streams_broken_in_the_middle_open_the_breaker() -> None:
-    async with two_nodes() as (sick, well, balancer, client):
+    async with two_nodes() as (sick, _, balancer, client):
         sick.faults.add(Fault("no_done"))
         replies = await client.many(40, lambda number: chat(f"{number}", stream=True), at_once=1)
         assert len(sick.requests) == 5
@@ -132,7 +132,7 @@ QUICK_CHECKS = {"health": {"interval_s": 0.05, "timeout_s": 5.0, "fall": 1}}
 
 
 async def test_a_check_that_turns_good_grants_one_probe_whose_success_closes_the_breaker() -> None:
-    async with two_nodes(**QUICK_CHECKS) as (sick, well, balancer, client):
+    async with two_nodes(**QUICK_CHECKS) as (sick, _, balancer, client):
         await opened(sick, client, balancer)
         await checks_turn_good(sick, balancer)
         sick.faults.add(Fault("hang"))
@@ -149,7 +149,7 @@ async def test_a_check_that_turns_good_grants_one_probe_whose_success_closes_the
 
 
 async def test_a_probe_that_fails_opens_the_breaker_again_and_its_client_is_served_elsewhere() -> None:
-    async with two_nodes(**QUICK_CHECKS) as (sick, well, balancer, client):
+    async with two_nodes(**QUICK_CHECKS) as (sick, _, balancer, client):
         await opened(sick, client, balancer)
         await checks_turn_good(sick, balancer)
         sick.faults.add(Fault("status", status=500))

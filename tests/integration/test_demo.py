@@ -54,9 +54,11 @@ class RunningDemo:
 
 
 @asynccontextmanager
-async def demo(*arguments: str) -> AsyncIterator[RunningDemo]:
+async def demo(folder: Path, *arguments: str) -> AsyncIterator[RunningDemo]:
+    """Three nodes; `folder` takes what a demo that is killed leaves behind."""
     mark = uuid4().hex
-    async with await Process.start("balancer", "demo", "--nodes", "3", *arguments, environment={MARK: mark}) as process:
+    environment = {MARK: mark, "TMPDIR": str(folder)}
+    async with await Process.start("balancer", "demo", "--nodes", "3", *arguments, environment=environment) as process:
         yield RunningDemo(process, mark)
 
 
@@ -75,8 +77,8 @@ async def gone(pid: int) -> None:
         os.close(descriptor)
 
 
-async def test_a_killed_node_costs_no_request_that_had_not_begun_to_answer() -> None:
-    async with demo("--seconds", "12") as running:
+async def test_a_killed_node_costs_no_request_that_had_not_begun_to_answer(tmp_path: Path) -> None:
+    async with demo(tmp_path, "--seconds", "12") as running:
         status = await running.process.ended(ENDED_WITHIN_S)
         assert (status, running.process.err) == (0, []), running.said
         killed = re.search(r"killed node (sim-\d) \(kill -9, pid (\d+)\) with (\d+) requests? running", running.said)
@@ -92,8 +94,8 @@ async def test_a_killed_node_costs_no_request_that_had_not_begun_to_answer() -> 
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-async def test_the_command_it_shows_gets_a_stream() -> None:
-    async with demo() as running:
+async def test_the_command_it_shows_gets_a_stream(tmp_path: Path) -> None:
+    async with demo(tmp_path) as running:
         await running.traffic_begins()
         shown = next(line for line in running.process.out if line.strip().startswith("curl "))
         curl = await asyncio.create_subprocess_exec(*shlex.split(shown), stdout=asyncio.subprocess.PIPE)
@@ -103,18 +105,19 @@ async def test_the_command_it_shows_gets_a_stream() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_told_to_end_it_takes_all_its_processes_along(number: signal.Signals) -> None:
-    async with demo() as running:
+async def test_told_to_end_it_takes_all_its_processes_along(tmp_path: Path, number: signal.Signals) -> None:
+    async with demo(tmp_path) as running:
         await running.traffic_begins()
         assert len(running.children()) == 7
         running.process.send(number)
         assert await running.process.ended() == 0
         assert running.children() == {}
         assert running.process.err == []
+        assert list(tmp_path.iterdir()) == []
 
 
-async def test_killed_it_leaves_no_process_behind() -> None:
-    async with demo() as running:
+async def test_killed_it_leaves_no_process_behind(tmp_path: Path) -> None:
+    async with demo(tmp_path) as running:
         await running.traffic_begins()
         children = running.children()
         assert len(children) == 7

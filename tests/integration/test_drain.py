@@ -212,7 +212,7 @@ async def test_a_request_that_was_still_arriving_is_answered() -> None:
 
 
 async def test_a_request_behind_another_on_its_connection_is_answered() -> None:
-    async with draining(drain_s=LONG_S) as (node, balancer, client):
+    async with draining(drain_s=LONG_S) as (node, balancer, _):
         held = node.faults.add(Fault("hang", body_has="held"))
         wire = await Wire.to(balancer)
         wire.send(post(chat("held")) + post(chat("behind it")))

@@ -391,30 +391,27 @@ async def test_a_bug_of_ours_is_500_without_its_details(
     assert (await wire.ask(post(chat()))).status == 200
 
 
-# -- shutting down
+# -- shutting down; the rest of it is in test_drain.py
 
 
-async def test_a_request_that_ends_after_the_listener_closed_is_503_draining(
+async def test_a_kept_connection_is_told_503_draining_after_the_listener_closed(
     balancer: Balancer, node: FakeNode
 ) -> None:
     wire = await Wire.to(balancer)
-    request = post(chat(), CHAT, "Expect: 100-continue")
-    wire.send(request[:-1])
-    assert await wire.interim() == 100
-    balancer.app.port.draining = True
+    assert (await wire.ask(post(chat()))).status == 200
+    balancer.app.port.begin_drain()
     balancer.app.port.close_listener()
-    wire.send(request[-1:])
-    answer = await wire.answer()
+    answer = await wire.ask(post(chat("late")))
     assert told(answer) == (503, "draining")
     assert answer.header("connection") == "close"
     assert await wire.ends() == b""
-    assert node.requests == []
+    assert len(node.requests) == 1
 
 
 async def test_while_draining_requests_are_served_and_health_says_so(balancer: Balancer, node: FakeNode) -> None:
     wire = await Wire.to(balancer)
     assert (await wire.ask(get("/healthz"))).json == {"status": "ok"}
-    balancer.app.port.draining = True
+    balancer.app.port.begin_drain()
     answer = await wire.ask(post(chat()))
     assert (answer.status, answer.header("connection")) == (200, "close")
     assert await wire.ends() == b""
@@ -427,6 +424,7 @@ async def test_what_is_cut_by_a_shutdown_is_told_so(balancer: Balancer, node: Fa
     wire = await Wire.to(balancer)
     wire.send(post(chat()))
     await node.wait_for(lambda: node.in_flight == 1)
+    balancer.app.port.begin_drain()
     balancer.app.port.close_listener()
     balancer.app.port.cut_all()
     answer = await wire.answer()

@@ -13,7 +13,7 @@ import pytest
 from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
 from tests.answering import dead_url
-from tests.client import Client, Reply, chat, client_of, fleet, paced_node
+from tests.client import Client, Reply, chat, client_of, fleet, instant_nodes, paced_node
 from tests.harness import QUIET, Balancer, running
 from tests.process import node_process
 
@@ -72,13 +72,16 @@ async def test_three_of_four_nodes_killed_under_load_lose_nothing(settings: Any)
 
 
 async def test_a_node_that_dies_and_comes_back_between_requests_is_not_even_noticed() -> None:
-    async with FakeNode(instant=True) as node:
-        async with running(*fleet(node), retry=NO_RETRIES, **QUIET) as balancer, client_of(balancer.url) as client:
-            assert all(reply.is_whole for reply in await client.many(10))  # leaves kept connections behind
-            node.die()
-            await node.come_back()
-            assert all(reply.is_whole for reply in await client.many(10))
-            assert balancer.node("a").load.failure == 0.0
+    async with (
+        FakeNode(instant=True) as node,
+        running(*fleet(node), retry=NO_RETRIES, **QUIET) as balancer,
+        client_of(balancer.url) as client,
+    ):
+        assert all(reply.is_whole for reply in await client.many(10))  # leaves kept connections behind
+        node.die()
+        await node.come_back()
+        assert all(reply.is_whole for reply in await client.many(10))
+        assert balancer.node("a").load.failure == 0.0
 
 
 # -- everything down, and up again
@@ -156,17 +159,15 @@ async def test_a_node_that_hangs_with_its_health_check_green_loses_no_unary_requ
 
 
 async def test_a_prompt_that_kills_nodes_is_sent_to_no_third_one() -> None:
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as d:
-            nodes = (a, b, c, d)
-            async with running(*fleet(*nodes), **QUIET) as balancer, client_of(balancer.url) as client:
-                for node in nodes:
-                    node.faults.clear()
-                    node.faults.add(Fault("die", body_has="poison"))
-                reply = await client.post(chat("poison"))
-                assert reply.status in (502, 503)
-                assert sum(not node.listening for node in nodes) <= 2
-                assert (await client.post(chat("harmless"))).is_whole
+    async with instant_nodes(4) as nodes:
+        async with running(*fleet(*nodes), **QUIET) as balancer, client_of(balancer.url) as client:
+            for node in nodes:
+                node.faults.clear()
+                node.faults.add(Fault("die", body_has="poison"))
+            reply = await client.post(chat("poison"))
+            assert reply.status in (502, 503)
+            assert sum(not node.listening for node in nodes) <= 2
+            assert (await client.post(chat("harmless"))).is_whole
 
 
 # -- a process killed under load

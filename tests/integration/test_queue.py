@@ -144,7 +144,7 @@ async def test_who_waited_too_long_is_refused_and_its_place_is_free() -> None:
 
 
 async def test_a_deadline_that_passes_in_the_queue_is_the_deadlines_error() -> None:
-    async with one_slot() as (node, balancer, client):
+    async with one_slot() as (node, _, client):
         first = await take_the_slot(node, client)
         reply = await client.post(chat("in a hurry"), headers={"X-Balancer-Timeout-S": "0.1"})
         assert (reply.status, reply.code, reply.attempts) == (504, "deadline_exceeded", 0)
@@ -238,7 +238,7 @@ async def test_a_model_that_is_full_holds_up_only_its_own_requests() -> None:
 
 async def test_a_tenants_own_limit_refuses_instead_of_queueing() -> None:
     key = {"tenant": "acme", "sha256": "2c70e12b7a0646f92279f427c7b38e7334d8e5389cff167a1dc30e73f826b683"}
-    async with one_slot(auth={"keys": [{**key, "max_in_flight": 1}]}) as (node, balancer, client):
+    async with one_slot(auth={"keys": [{**key, "max_in_flight": 1}]}) as (node, _, client):
         headers = {"Authorization": "Bearer key"}
         first = client.begin(chat("first"), headers=headers)
         await node.wait_for(lambda: node.in_flight == 1)

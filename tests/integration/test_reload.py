@@ -86,14 +86,13 @@ async def test_sighup_with_a_wrong_file_changes_nothing_and_is_logged() -> None:
 
 
 async def test_a_file_that_is_empty_for_a_moment_neither_removes_the_nodes_nor_opens_the_door() -> None:
-    async with FakeNode(instant=True) as node:
-        async with running(*fleet(node), auth={"keys": [key_of("acme")]}) as balancer:
-            async with client_of(balancer.url) as client:
-                balancer.write_settings({})
-                with pytest.raises(SettingsError, match="nodes"):
-                    await balancer.app.reload()
-                assert (await client.post(chat())).code == "unauthenticated"
-                assert (await client.post(chat(), headers=bearer("acme"))).is_whole
+    async with FakeNode(instant=True) as node, running(*fleet(node), auth={"keys": [key_of("acme")]}) as balancer:
+        async with client_of(balancer.url) as client:
+            balancer.write_settings({})
+            with pytest.raises(SettingsError, match="nodes"):
+                await balancer.app.reload()
+            assert (await client.post(chat())).code == "unauthenticated"
+            assert (await client.post(chat(), headers=bearer("acme"))).is_whole
 
 
 @pytest.mark.parametrize(("text", "reason"), WRONG)
@@ -147,11 +146,14 @@ async def test_a_node_whose_url_changes_is_asked_at_the_new_one() -> None:
 
 
 async def test_a_nodes_new_credential_is_used() -> None:
-    async with FakeNode(instant=True, api_key="second") as node:
-        async with running(*fleet(node, api_key="first"), **QUIET) as balancer, client_of(balancer.url) as client:
-            assert (await client.post(chat())).code == "upstream_bad_answer"
-            await reload(balancer, nodes=fleet(node, api_key="second"))
-            assert (await client.post(chat())).is_whole
+    async with (
+        FakeNode(instant=True, api_key="second") as node,
+        running(*fleet(node, api_key="first"), **QUIET) as balancer,
+        client_of(balancer.url) as client,
+    ):
+        assert (await client.post(chat())).code == "upstream_bad_answer"
+        await reload(balancer, nodes=fleet(node, api_key="second"))
+        assert (await client.post(chat())).is_whole
 
 
 async def test_retries_limits_and_the_queue_follow_a_reload() -> None:
@@ -166,9 +168,12 @@ async def test_retries_limits_and_the_queue_follow_a_reload() -> None:
 
 
 async def test_a_limit_on_bodies_follows_a_reload_or_is_named_by_it() -> None:
-    async with FakeNode(instant=True) as node:
-        async with running(*fleet(node), **QUIET) as balancer, client_of(balancer.url) as client:
-            named = await reload(balancer, limits={"body_bytes": 2000})
+    async with (
+        FakeNode(instant=True) as node,
+        running(*fleet(node), **QUIET) as balancer,
+        client_of(balancer.url) as client,
+    ):
+        named = await reload(balancer, limits={"body_bytes": 2000})
             reply = await client.post(chat("x" * 4000))
             assert reply.status == 413 or "limits" in str(named)
 
@@ -187,9 +192,8 @@ async def test_a_limit_on_connections_follows_a_reload_or_is_named_by_it() -> No
 
 
 async def test_a_setting_that_needs_a_restart_is_named() -> None:
-    async with FakeNode(instant=True) as node:
-        async with running(*fleet(node), **QUIET) as balancer:
-            assert await reload(balancer, breaker={"open_s": 7.0}, ops={"admin_key_sha256": "0" * 64}) == [
+    async with FakeNode(instant=True) as node, running(*fleet(node), **QUIET) as balancer:
+        assert await reload(balancer, breaker={"open_s": 7.0}, ops={"admin_key_sha256": "0" * 64}) == [
                 "breaker",
                 "ops",
             ]

@@ -10,7 +10,7 @@ import pytest
 from balancer.clock import SystemClock
 from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
-from tests.client import Reply, chat, client_of, fleet
+from tests.client import Reply, chat, client_of, fleet, instant_nodes
 from tests.harness import QUIET, running
 
 REFUSAL = '{"error": {"message": "too long", "type": "BadRequestError", "param": "messages", "code": 400}}'
@@ -95,13 +95,12 @@ async def test_a_404_that_not_every_node_says_is_not_passed_on(order: tuple[int,
 
 
 async def test_nodes_that_say_404_do_not_hide_one_that_would_answer() -> None:
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as well:
-            ask_for_status(a, b, c, status=404)
-            nodes = fleet(a, b, c, well)
-            async with running(*nodes, **QUIET) as balancer, client_of(balancer.url) as client:
-                reply = await client.post(chat())
-            assert reply.status != 404, "passed on only when every eligible node says so"
+    async with instant_nodes(4) as (a, b, c, well):
+        ask_for_status(a, b, c, status=404)
+        nodes = fleet(a, b, c, well)
+        async with running(*nodes, **QUIET) as balancer, client_of(balancer.url) as client:
+            reply = await client.post(chat())
+        assert reply.status != 404, "passed on only when every eligible node says so"
 
 
 # -- what another attempt may and may not do
@@ -119,15 +118,14 @@ async def test_no_node_is_asked_twice_for_one_request() -> None:
 
 @pytest.mark.parametrize("max_attempts", [1, 2, 3])
 async def test_no_more_nodes_are_asked_than_max_attempts(max_attempts: int) -> None:
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as well:
-            ask_for_status(a, b, c, status=500)
-            settings = {"retry": {"max_attempts": max_attempts}, **QUIET}
-            async with running(*fleet(a, b, c, well), **settings) as balancer, client_of(balancer.url) as client:
-                reply = await client.post(chat())
-            assert (reply.status, reply.code, reply.attempts) == (502, "upstream_bad_answer", max_attempts)
-            assert len(a.requests) + len(b.requests) + len(c.requests) == max_attempts
-            assert len(well.requests) == 0
+    async with instant_nodes(4) as (a, b, c, well):
+        ask_for_status(a, b, c, status=500)
+        settings = {"retry": {"max_attempts": max_attempts}, **QUIET}
+        async with running(*fleet(a, b, c, well), **settings) as balancer, client_of(balancer.url) as client:
+            reply = await client.post(chat())
+        assert (reply.status, reply.code, reply.attempts) == (502, "upstream_bad_answer", max_attempts)
+        assert len(a.requests) + len(b.requests) + len(c.requests) == max_attempts
+        assert len(well.requests) == 0
 
 
 async def test_back_off_doubles_and_is_waited_for_on_the_clock() -> None:
@@ -216,13 +214,12 @@ async def test_a_client_that_sends_bad_stream_options_itself_gets_the_nodes_answ
 
 async def upstream_requests(count: int, **settings: Any) -> tuple[int, list[Reply], dict[tuple[str, ...], int]]:
     """How many requests four nodes got when they failed `count` requests of clients."""
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as d:
-            ask_for_status(a, b, c, d, status=500)
-            async with running(*fleet(a, b, c, d), **settings, **QUIET) as balancer, client_of(balancer.url) as client:
-                replies = await client.many(count)
-            assert {reply.code for reply in replies} == {"upstream_bad_answer"}
-            return sum(len(node.requests) for node in (a, b, c, d)), replies, balancer.counts("retry_budget_exhausted")
+    async with instant_nodes(4) as nodes:
+        ask_for_status(*nodes, status=500)
+        async with running(*fleet(*nodes), **settings, **QUIET) as balancer, client_of(balancer.url) as client:
+            replies = await client.many(count)
+        assert {reply.code for reply in replies} == {"upstream_bad_answer"}
+        return sum(len(node.requests) for node in nodes), replies, balancer.counts("retry_budget_exhausted")
 
 
 async def test_a_fleet_that_fails_everything_gets_at_most_1_3_requests_for_each_of_the_clients() -> None:

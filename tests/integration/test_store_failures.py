@@ -27,10 +27,10 @@ WITHIN_S = 20.0
 @asynccontextmanager
 async def with_store(url: str, **settings: Any) -> AsyncIterator[tuple[FakeNode, Balancer, Client]]:
     """One healthy node behind a balancer whose store is at `url`."""
-    async with FakeNode(instant=True) as node:
-        async with running(*fleet(node), redis={"url": url, "timeout_s": PATIENT_S}, **settings) as balancer:
-            async with client_of(balancer.url) as client:
-                yield node, balancer, client
+    redis = {"url": url, "timeout_s": PATIENT_S}
+    async with FakeNode(instant=True) as node, running(*fleet(node), redis=redis, **settings) as balancer:
+        async with client_of(balancer.url) as client:
+            yield node, balancer, client
 
 
 def cached_as(reply: Reply) -> str:
@@ -42,7 +42,7 @@ async def is_used(balancer: Balancer, client: Client, text: str) -> None:
     """Until an answer comes out of the store: it is reached, written to, and read from."""
     await balancer.wait_for(lambda: balancer.app.store.state() == "ready", WITHIN_S)
     async with asyncio.timeout(WITHIN_S):
-        while cached_as(await client.post(chat(text))) != "hit":
+        while cached_as(await client.post(chat(text))) != "hit":  # noqa: ASYNC110
             await asyncio.sleep(0)  # there is nothing else to wait for between two tries
 
 
@@ -117,7 +117,7 @@ async def test_a_frozen_store_fails_nothing_and_is_soon_not_asked_any_more(redis
 
 async def test_a_full_store_fails_nothing() -> None:
     with new_server("--maxmemory", "1", "--maxmemory-policy", "noeviction") as server:
-        async with with_store(server.url) as (node, balancer, client):
+        async with with_store(server.url) as (_, balancer, client):
             replies = await client.many(40)
             assert {cached_as(reply) for reply in replies} == {"miss"}
             await balancer.wait_for(lambda: balancer.counts("store_errors").get(("put",), 0) > 0)
@@ -125,7 +125,7 @@ async def test_a_full_store_fails_nothing() -> None:
 
 @pytest.mark.parametrize("dirt", [b"", b"no line", b'{"v":1}\n', b'{"v":99,"stream":false}\nx', b"\xff" * 1000])
 async def test_a_soiled_entry_is_a_miss_and_is_written_anew(redis_server: RedisServer, dirt: bytes) -> None:
-    async with with_store(redis_server.url) as (node, balancer, client):
+    async with with_store(redis_server.url) as (_, balancer, client):
         await is_used(balancer, client, "kept")
         inside = redis_server.client()
         (key,) = inside.keys("balancer:v1:cache:*")
@@ -183,7 +183,7 @@ async def test_limits_that_fail_closed_refuse_while_the_store_is_away(redis_serv
 @pytest.mark.parametrize("fail_open", [True, False])
 async def test_a_frozen_store_keeps_limits_as_set(redis_server: RedisServer, fail_open: bool) -> None:
     settings = {"limits": {**LIMITED, "fail_open": fail_open}, "cache": {"enabled": False}}
-    async with with_store(redis_server.url, **settings) as (_, balancer, client):
+    async with with_store(redis_server.url, **settings) as (_, _, client):
         redis_server.freeze()
         replies = await one_by_one(client, 4)
         redis_server.thaw()
