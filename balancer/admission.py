@@ -174,14 +174,14 @@ class Admission:
             taken = await self._take(limit_name(tenant), rates.requests_per_s, rates.burst, 1.0)
             admitted.lines = _lines(b"Requests", rates.burst, taken)
             if taken.wait_s > 0.0:
-                raise self._limited("requests", taken.wait_s)
+                raise self._limited("requests", taken.wait_s, admitted.lines)
         if rates.tokens_per_s is not None:
             burst = rates.tokens_per_s * 60.0
             cost = min(burst, request.prompt_tokens() + request.max_tokens())
             taken = await self._take(limit_name(tenant, "tokens"), rates.tokens_per_s, burst, cost)
             admitted.lines += _lines(b"Tokens", burst, taken)
             if taken.wait_s > 0.0:
-                raise self._limited("tokens", taken.wait_s)
+                raise self._limited("tokens", taken.wait_s, admitted.lines)
             admitted.charged_tokens = cost
 
     async def _take(self, key: str, rate_per_s: float, burst: float, cost: float) -> Taken:
@@ -202,9 +202,11 @@ class Admission:
         assert taken is not None  # the memory store always answers
         return taken
 
-    def _limited(self, what: str, wait_s: float) -> RateLimited:
+    def _limited(self, what: str, wait_s: float, lines: bytes) -> RateLimited:
         self._metrics.shed.of("rate_limited").inc()
-        return RateLimited(f"too many {what} per minute for this key", retry_after_s=wait_s)
+        error = RateLimited(f"too many {what} per minute for this key", retry_after_s=wait_s)
+        error.lines = lines
+        return error
 
     # -- slots
 

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import signal
 from collections.abc import Callable
+from functools import reduce
 from random import Random
 from typing import Any, Protocol
 
@@ -20,13 +21,15 @@ from balancer.core.request import NodeId
 from balancer.core.routing import Routing, routing_of
 from balancer.explain import Ring
 from balancer.flight import Flights
+from balancer.health_feed import HealthFeed
 from balancer.intake import Intake
 from balancer.log import EventWriter, get_logger
 from balancer.metrics import Metrics
+from balancer.ops import OpsServer
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
 from balancer.server import DataPort
-from balancer.settings import Settings, masked
+from balancer.settings import Settings, SettingsError, masked
 from balancer.store import Store
 from balancer.store.memory import MemoryStore
 from balancer.wire.answer import AnswerLimits
@@ -130,7 +133,7 @@ class App:
         date = DateHeader()
         flights = Flights(self.admission, self.attempts, self.cache, clock)
         self.port = DataPort(
-            listen=settings.listen,
+            address=settings.listen,
             intake=self.intake,
             proxy=Proxy(cache=self.cache, flights=flights, clock=clock, date=date),
             journal=Journal(self.metrics, self.ring, self.registry, clock, self._write_event),
@@ -140,6 +143,23 @@ class App:
             clock=clock,
             date=date,
             origins=frozenset(origin.encode() for origin in settings.cors.allow_origins),
+        )
+        self.feed = HealthFeed(self.registry, settings.agents, clock, self._rng, self.metrics)
+        self.ops = OpsServer(
+            settings.ops_listen,
+            registry=self.registry,
+            metrics=self.metrics,
+            clock=clock,
+            ring=self.ring,
+            feed=self.feed,
+            cache=self.cache,
+            tenants=self.admission.tenants,
+            settings_view=self.effective,
+            reload=self.reload,
+            drain_state=lambda: self.port.draining or self.port.closing,
+            ops_config=settings.ops,
+            put_node=self.put_node,
+            remove_node=self.remove_node,
         )
         self.metrics.event_loop_lag.read = lambda: [((), self._lag_s)]
         self.metrics.connections.read = lambda: [((), float(self.port.connections))]
@@ -173,8 +193,9 @@ class App:
 
     async def start(self) -> None:
         """Listen, then begin watching the fleet. Raises OSError when a port cannot be had."""
-        settings = self._settings
-        for node in settings.nodes:
+        self.port.bind()
+        self.ops.bind()
+        for node in self._settings.nodes:
             self.registry.put(node)
         await self.port.start()
         log.info("data.listening", address=self.port.address, nodes=len(self.registry.nodes))
@@ -188,32 +209,13 @@ class App:
     async def _start_watching(self) -> None:
         """Checks, model lists, agents and the operations port; aiohttp comes with them, after the data port serves."""
         from balancer.health_check import HealthChecker
-        from balancer.health_feed import HealthFeed
         from balancer.model_list import ModelLister
-        from balancer.ops import OpsServer
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
-        feed = HealthFeed(registry, settings.agents, clock, rng, self.metrics)
-        self.ops = OpsServer(
-            settings.ops_listen,
-            registry=registry,
-            metrics=self.metrics,
-            clock=clock,
-            ring=self.ring,
-            feed=feed,
-            cache=self.cache,
-            tenants=self.admission.tenants,
-            settings_view=self.effective,
-            reload=self.reload,
-            drain_state=lambda: self.port.draining or self.port.closing,
-            ops_config=settings.ops,
-            put_node=self.put_node,
-            remove_node=self.remove_node,
-        )
         self._watchers = (
             HealthChecker(registry, settings.health, clock, rng),
             ModelLister(registry, clock, rng),
-            feed,
+            self.feed,
             self.ops,
         )
         for watcher in self._watchers:
@@ -282,6 +284,8 @@ class App:
         old = self._settings
         try:
             new = self._load()
+            if not new.nodes:
+                raise SettingsError("nodes: none are configured")
         except Exception as error:
             log.error("settings.rejected", reason=str(error))
             raise
@@ -295,7 +299,7 @@ class App:
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)
         self._settings = new
-        fixed = [name for name in RESTART_ONLY if getattr(old, name) != getattr(new, name)]
+        fixed = [name for name in RESTART_ONLY if _setting(old, name) != _setting(new, name)]
         log.info("settings.reloaded", nodes=len(self.registry.nodes), needs_restart=fixed)
         return fixed
 
@@ -325,7 +329,29 @@ class App:
 
 
 # Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.
-RESTART_ONLY = ("listen", "ops_listen", "redis", "breaker", "health", "agents", "ops", "cors", "log")
+RESTART_ONLY = (
+    "listen",
+    "ops_listen",
+    "redis",
+    "breaker",
+    "health",
+    "agents",
+    "ops",
+    "cors",
+    "log",
+    "limits.store",
+    "limits.head_bytes",
+    "limits.body_bytes",
+    "limits.buffered_bytes",
+    "limits.head_timeout_s",
+    "limits.body_idle_s",
+    "cache.memory_bytes",
+    "upstream.max_connections_per_node",
+)
+
+
+def _setting(settings: Settings, name: str) -> Any:
+    return reduce(getattr, name.split("."), settings)
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

@@ -93,6 +93,7 @@ class Attempt:
         """The attempt is over: count it for the node."""
         if not self._settled:
             self._settled = True
+            self.answer.on_first_token = None
             self._attempts.settled(self)
 
     def first_token(self, now: float) -> None:

@@ -75,7 +75,7 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         serve(settings, read, log.event_writer(settings.log.level, lines))
     except OSError as error:
-        _fail(str(error), 1)
+        _fail(error.strerror or str(error), 1)
     finally:
         if lines is not None:
             lines.flush()

@@ -26,6 +26,7 @@ class BalancerError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.lines = b""  # further header lines for the answer
         if code is not None:
             self.code = code
         if status is not None:

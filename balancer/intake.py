@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -31,6 +31,8 @@ _FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"traceparent
 _PREFIXES = (b"anthropic-", b"openai-")
 # Where `model` and `stream` of a multipart upload have to stand.
 MULTIPART_HEAD_BYTES = 64 * 1024
+# No longer name is a model's; it would stand in logs, in records and in keys.
+MODEL_CHARS = 512
 _OURS = frozenset(
     {
         b"x-balancer-timeout-s",
@@ -132,6 +134,8 @@ class Intake:
             model, stream = parsed.get("model"), parsed.get("stream", False)
         if model is not None and not isinstance(model, str):
             raise BadRequest("model: must be a string", param="model")
+        if model is not None and len(model) > MODEL_CHARS:
+            raise BadRequest(f"model: is longer than {MODEL_CHARS} characters", param="model")
         if stream is None:
             stream = False
         if not isinstance(stream, bool):
@@ -145,6 +149,8 @@ class Intake:
             model = self._aliases[model]
             if parsed is not None:
                 body = json_splice.replace_member(body, "model", model)
+            else:
+                body = with_field(body, inbound.headers.get(b"content-type", b""), "model", model)
         self._auth.permit_model(head.tenant, model)
         usage_body, wants_usage = self._usage(endpoint, parsed, body) if stream else (None, True)
         wishes = head.wishes
@@ -240,6 +246,19 @@ class Intake:
 
 def form_fields(data: bytes, content_type: bytes) -> dict[str, str]:
     """The short text fields of a multipart/form-data body's beginning; parts with a file name are passed over."""
+    return {name: data[start:end].decode("utf-8", "replace") for name, start, end in _fields(data, content_type)}
+
+
+def with_field(body: bytes, content_type: bytes, wanted: str, value: str) -> bytes:
+    """The body with another value in one text field; every other byte stays."""
+    for name, start, end in _fields(body[:MULTIPART_HEAD_BYTES], content_type):
+        if name == wanted:
+            return body[:start] + value.encode() + body[end:]
+    return body
+
+
+def _fields(data: bytes, content_type: bytes) -> Iterator[tuple[str, int, int]]:
+    """The text fields of a form: name, and where the value begins and ends."""
     boundary = b""
     for parameter in content_type.split(b";")[1:]:
         name, _, value = parameter.strip().partition(b"=")
@@ -247,16 +266,24 @@ def form_fields(data: bytes, content_type: bytes) -> dict[str, str]:
             boundary = value.strip(b'"')
     if not boundary or len(boundary) > 70:
         raise BadRequest("multipart/form-data without a boundary", param="content-type")
-    fields: dict[str, str] = {}
-    for part in data.split(b"--" + boundary)[1:]:
-        head, separator, value = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        if not separator or not value.endswith(b"\r\n") or b"filename" in head:
-            continue
-        for line in head.split(b"\r\n"):
-            if line.lower().startswith(b"content-disposition:") and b'name="' in line:
-                name = line.split(b'name="', 1)[1].split(b'"', 1)[0]
-                fields[name.decode("utf-8", "replace")] = value[:-2].decode("utf-8", "replace")
-    return fields
+    mark = b"--" + boundary
+    start = data.find(mark)
+    while start >= 0:
+        start += len(mark)
+        end = data.find(b"\r\n" + mark, start)
+        head_end = data.find(b"\r\n\r\n", start, end)
+        if end < 0:
+            return
+        if head_end >= 0 and (field := _field_name(data[start:head_end])) is not None:
+            yield field, head_end + 4, end
+        start = end + 2
+
+
+def _field_name(head: bytes) -> str | None:
+    for line in head.split(b"\r\n"):
+        if line.lower().startswith(b"content-disposition:") and b"filename" not in line and b'name="' in line:
+            return line.split(b'name="', 1)[1].split(b'"', 1)[0].decode("utf-8", "replace")
+    return None
 
 
 def _seconds(headers: Mapping[bytes, bytes], name: bytes) -> float | None:

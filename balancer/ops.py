@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import math
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +17,19 @@ from balancer.errors import BalancerError, ClientError, MethodNotAllowed, NotFou
 from balancer.explain import Ring
 from balancer.gate import Gate
 from balancer.health_feed import MAX_BYTES, HealthFeed
+from balancer.listener import address_of, listen
 from balancer.log import get_logger
 from balancer.metrics import Metrics
 from balancer.registry import Registry
-from balancer.settings import OpsConfig, split_address
+from balancer.settings import OpsConfig
 from balancer.wire.refusal import error_body
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Connections that the kernel holds for us.
+BACKLOG = 128
 # What still runs when the port closes gets this long.
 CLOSE_S = 1.0
 # How soon to ask again when not ready: a health check's interval.
@@ -40,7 +43,7 @@ class OpsServer:
 
     def __init__(
         self,
-        listen: str,
+        address: str,
         *,
         registry: Registry,
         metrics: Metrics,
@@ -56,7 +59,9 @@ class OpsServer:
         put_node: Callable[[NodeConfig], object] | None = None,
         remove_node: Callable[[NodeId], object] | None = None,
     ) -> None:
-        self._listen = listen
+        self._listen = address
+        self.address = address  # host:port, once it serves as listened on
+        self._socket: socket.socket | None = None
         self._registry = registry
         self._metrics = metrics
         self._clock = clock
@@ -78,19 +83,21 @@ class OpsServer:
         )
         self._runner: web.AppRunner | None = None
 
+    def bind(self) -> None:
+        """Take the address. Raises OSError with a message for people when it cannot be had."""
+        self._socket = listen("ops_listen", self._listen, backlog=BACKLOG)
+
     async def start(self) -> None:
-        """Listen. Raises OSError with a message for people when the address cannot be had."""
+        """Serve what comes to the address, which is taken now if it was not before."""
         from aiohttp import web
 
-        host, port = split_address("ops_listen", self._listen)
+        if self._socket is None:
+            self.bind()
+        assert self._socket is not None
         runner = web.AppRunner(self._application(), access_log=None, handle_signals=False, shutdown_timeout=CLOSE_S)
         await runner.setup()
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            await runner.cleanup()
-            why = "is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
-            raise OSError(error.errno, f"ops_listen: {self._listen}: {why}") from error
+        await web.SockSite(runner, self._socket).start()
+        self.address = address_of(self._socket)
         self._runner = runner
 
     async def close(self) -> None:
@@ -98,13 +105,6 @@ class OpsServer:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-
-    @property
-    def address(self) -> str:
-        """host:port as listened on."""
-        assert self._runner is not None
-        host, port = self._runner.addresses[0][:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     # -- routing
 

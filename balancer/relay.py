@@ -85,7 +85,7 @@ class ClientStream:
         self.call.failed(error)
         if not self._inbound.responded:
             body = error_body(error, self._request.endpoint.dialect)
-            lines = b"content-type: application/json\r\n" + retry_after(error)
+            lines = b"content-type: application/json\r\n" + retry_after(error) + error.lines
             self._inbound.send(self._head(error.status, lines, b"content-length: %d\r\n" % len(body)), body)
         elif self._sse:
             self.write(error_event(error, self._request.endpoint.dialect))

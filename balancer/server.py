@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import secrets
 import socket
 from collections.abc import Callable, Coroutine
@@ -17,10 +16,10 @@ from balancer.core.request import Dialect, Endpoint
 from balancer.errors import BalancerError, Draining, MethodNotAllowed, NotFound
 from balancer.explain import Call
 from balancer.intake import Head, Intake, given_id
+from balancer.listener import address_of, listen
 from balancer.log import get_logger
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
-from balancer.settings import split_address
 from balancer.wire.framing import SAFE_VALUE, DateHeader, status_line
 from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits, InboundRequest
 from balancer.wire.refusal import error_body, retry_after
@@ -69,7 +68,7 @@ class DataPort:
     def __init__(
         self,
         *,
-        listen: str,
+        address: str,
         intake: Intake,
         proxy: Proxy,
         journal: Journal,
@@ -80,7 +79,7 @@ class DataPort:
         date: DateHeader,
         origins: frozenset[bytes],
     ) -> None:
-        self._listen = listen
+        self._listen = address
         self._intake = intake
         self._proxy = proxy
         self._journal = journal
@@ -94,6 +93,7 @@ class DataPort:
         self._id_count = 0
         self.revision = 0  # of what heads are judged by; a reload changes it
         self._socket: socket.socket | None = None
+        self.address = address  # host:port, once it serves as listened on
         self._server: asyncio.Server | None = None
         self._accepting: set[asyncio.Task[Any]] = set()
         self._connections: set[InboundConnection] = set()
@@ -103,25 +103,15 @@ class DataPort:
 
     # -- the listener
 
-    async def start(self) -> None:
-        """Listen. Raises OSError with a message for people when the address cannot be had."""
-        host, port = split_address("listen", self._listen)
-        loop = asyncio.get_running_loop()
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._socket = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            why = "is in use" if error.errno == errno.EADDRINUSE else (error.strerror or str(error))
-            raise OSError(f"listen: {self._listen}: {why}") from error
-        self._socket.setblocking(False)
-        self._server = await loop.create_server(self._connection(loop), sock=self._socket, backlog=BACKLOG)
+    def bind(self) -> None:
+        """Take the address. Raises OSError with a message for people when it cannot be had."""
+        self._socket = listen("listen", self._listen, backlog=BACKLOG)
 
-    @property
-    def address(self) -> str:
-        """host:port as listened on."""
-        assert self._server is not None
-        host, port = self._server.sockets[0].getsockname()[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    async def start(self) -> None:
+        """Serve what comes to the address."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._connection(loop), sock=self._socket, backlog=BACKLOG)
+        self.address = address_of(self._server.sockets[0])
 
     @property
     def connections(self) -> int:
@@ -307,16 +297,15 @@ class DataPort:
 
     def _models(self, path: bytes, head: Head) -> dict[str, Any]:
         permitted = head.tenant.models
-        served = self._registry.models()
-        for alias in self._intake.rules.values():
-            for name in alias.aliases:
-                if alias.name in served:
-                    served[name] = served[alias.name]
+        served = {name: name for name in self._registry.models()}
+        for rule in self._intake.rules.values():
+            if rule.name in served:
+                served.update(dict.fromkeys(rule.aliases, rule.name))
         created = int(self._clock.wall())
         cards = [
             {"id": name, "object": "model", "created": created, "owned_by": "gpu-balancer"}
             for name in sorted(served)
-            if permitted is None or name in permitted
+            if permitted is None or served[name] in permitted
         ]
         if path == b"/v1/models":
             return {"object": "list", "data": cards}

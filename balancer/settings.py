@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as PydanticSettingsError
 
@@ -27,6 +27,22 @@ SECRETS = frozenset({"url", "api_key", "sha256", "admin_key_sha256", "agent_toke
 Seconds = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`HOST:PORT` or `[V6]:PORT`, taken apart. Raises ValueError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address}: must be HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _address(address: str) -> str:
+    split_address(address)
+    return address
+
+
+Address = Annotated[str, AfterValidator(_address)]
 
 
 class SettingsError(Exception):
@@ -206,8 +222,8 @@ class Settings(BaseSettings):
         nested_model_default_partial_update=True,
     )
 
-    listen: str = "127.0.0.1:8080"
-    ops_listen: str = "127.0.0.1:8081"
+    listen: Address = "127.0.0.1:8080"
+    ops_listen: Address = "127.0.0.1:8081"
     nodes: tuple[NodeConfig, ...] = ()
     models: tuple[ModelRule, ...] = ()
     auth: AuthConfig = AuthConfig()
@@ -261,14 +277,6 @@ class Settings(BaseSettings):
 def node_id(node: NodeConfig) -> str:
     """The node's name: its `id`, else `host:port`."""
     return node.id or re.sub(r"^https?://", "", node.url).split("/")[0]
-
-
-def split_address(name: str, address: str) -> tuple[str, int]:
-    """`HOST:PORT` or `[V6]:PORT`, taken apart. Raises OSError that names the setting."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
-        raise OSError(f"{name}: {address}: must be HOST:PORT")
-    return host.strip("[]") or "127.0.0.1", int(port)
 
 
 def load(path: str | None, overrides: Mapping[str, Any]) -> Settings:
@@ -333,9 +341,9 @@ def _mask(value: Any, name: str) -> Any:
         return [_mask(item, name) for item in value]
     if not isinstance(value, str):
         return value
-    if name == "url":
-        return re.sub(r"(://)[^@/]*@", r"\1***@", value)
-    return "***" if name in SECRETS else value
+    if name in SECRETS - {"url"}:
+        return "***"
+    return re.sub(r"(://)[^@/]*@", r"\1***@", value)
 
 
 def _with_files_read(data: Any, where: str) -> Any:

@@ -56,7 +56,7 @@ class Process:
 
     def __repr__(self) -> str:
         status = self._process.returncode
-        return f"<Process {self.pid} {'up' if status is None else status} out={self.out[-5:]} err={self.err[-5:]}>"
+        return f"<Process {self.pid} {'up' if status is None else status} out={self.out[-5:]} err={self.err[-20:]}>"
 
     async def __aenter__(self) -> Process:
         return self

@@ -198,6 +198,7 @@ class InboundConnection(asyncio.Protocol):
         "_upgrading",
         "_wheel",
         "_working",
+        "_write_paused",
         "bucket",
         "due_s",
     )
@@ -219,7 +220,7 @@ class InboundConnection(asyncio.Protocol):
         self._connections = connections
         self._buffered = buffered
         self._loop = loop
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._receiving: InboundRequest | None = None  # being read
         self._working: InboundRequest | None = None  # being answered
@@ -230,6 +231,7 @@ class InboundConnection(asyncio.Protocol):
         self._known: _Known | None = None  # what it said
         self._backlog = b""
         self._paused_reading = False
+        self._write_paused = False  # the client does not read
         self._body: list[bytes] = []
         self._body_last_s = 0.0
         self._head_bytes = 0  # of complete header lines
@@ -261,7 +263,12 @@ class InboundConnection(asyncio.Protocol):
 
     def finished(self, request: InboundRequest) -> None:
         """The answer to `request`, made by a task, is complete; go on with what waits."""
-        if request is not self._working or not self._done(request):
+        if request is self._working and self._done(request):
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take up what waits, unless the client has to read first what it was sent."""
+        if self._working is not None or self._write_paused:
             return
         if self._ready:
             self._start(self._ready.popleft())
@@ -325,7 +332,7 @@ class InboundConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self._closing:
             return
-        if self._working is not None:
+        if self._working is not None or self._write_paused:
             self._backlog += data
             if len(self._backlog) >= PIPELINE_BYTES and self._transport is not None:
                 self._paused_reading = True
@@ -339,7 +346,7 @@ class InboundConnection(asyncio.Protocol):
         return False  # a half-close counts as leaving
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self._transport = self._parser = self._known = None  # llhttp's wrapper holds our methods: a cycle
         self._closing = True
         self._connections.discard(self)
         TimerWheel.forget(self)
@@ -353,11 +360,15 @@ class InboundConnection(asyncio.Protocol):
                 self._task.cancel()
 
     def pause_writing(self) -> None:
+        self._write_paused = True
         if self._working is not None and self._working.flow is not None:
             self._working.flow.pause()
 
     def resume_writing(self) -> None:
-        if self._working is not None and self._working.flow is not None:
+        self._write_paused = False
+        if self._working is None:
+            self._go_on()
+        elif self._working.flow is not None:
             self._working.flow.resume()
 
     def _take_known(self, data: bytes) -> bool:
@@ -465,7 +476,7 @@ class InboundConnection(asyncio.Protocol):
         if body:
             request.body = body[0] if len(body) == 1 else b"".join(body)
             self._body = []
-        if self._working is None and not self._ready:
+        if self._working is None and not self._ready and not self._write_paused:
             if self._memo_key is not None and self._known is None:
                 self._remember(request)
             self._start(request)
@@ -575,7 +586,7 @@ class InboundConnection(asyncio.Protocol):
             if work is not None:
                 self._task = self._loop.create_task(work)
                 return
-            if not self._done(item) or not self._ready:
+            if not self._done(item) or self._write_paused or not self._ready:
                 return
             item = self._ready.popleft()
 

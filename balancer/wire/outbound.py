@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -43,6 +44,7 @@ class NodeConnection(asyncio.Protocol):
         "_answer",
         "_body_begun",
         "_delimited",
+        "_head_bytes",
         "_headers",
         "_memo_key",
         "_parser",
@@ -57,12 +59,13 @@ class NodeConnection(asyncio.Protocol):
 
     def __init__(self, pool: NodePool) -> None:
         self._pool = pool
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._memo_key: bytes | None = None  # of the head being parsed
         self._received = 0  # bytes before the final head was complete
+        self._head_bytes = 0  # of header lines
         self._status = 0
         self._body_begun = False
         self._delimited = False
@@ -75,7 +78,7 @@ class NodeConnection(asyncio.Protocol):
         assert self._transport is not None
         self._answer = answer
         self._headers = []
-        self._received = 0
+        self._received = self._head_bytes = 0
         self._body_begun = False
         answer.begin(self, now)
         if len(body) <= JOIN_BYTES:
@@ -145,6 +148,7 @@ class NodeConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
+        self._transport = self._parser = None  # llhttp's wrapper holds our methods: a cycle
         self._pool.lost(self)
         answer, self._answer = self._answer, None
         if answer is None:
@@ -165,8 +169,13 @@ class NodeConnection(asyncio.Protocol):
             self.drop()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._body_begun:  # trailers are dropped
-            self._headers.append((name.lower(), value))
+        if self._body_begun:  # trailers are dropped
+            return
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > HEAD_BYTES:
+            self._break(Outcome.BAD_FRAMING)
+            return
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         answer = self._answer
@@ -181,6 +190,9 @@ class NodeConnection(asyncio.Protocol):
                 length = int(value)
             elif name == b"transfer-encoding":
                 chunked = True
+                if value.strip().lower() != b"chunked":
+                    self._break(Outcome.BAD_FRAMING)
+                    return
         self._delimited = chunked or length is not None or status in (204, 304)
         head = AnswerHead(status, self._headers, answer.return_headers, keep_alive=self._parser.should_keep_alive())
         if self._memo_key is not None:
@@ -207,7 +219,8 @@ class NodeConnection(asyncio.Protocol):
 
     def _complete(self, answer: Answer, *, keep_alive: bool) -> None:
         self._answer = None
-        if keep_alive:
+        # An answer that came before the request was out in full leaves the rest of it in the way of the next.
+        if keep_alive and self._transport is not None and self._transport.get_write_buffer_size() == 0:
             self.reused = True
             self._pool.release(self)
         else:

@@ -10,7 +10,7 @@ from random import Random
 
 from loadtest.sim import plot, traces
 from loadtest.sim.arrival import Arrival
-from loadtest.sim.fleet import SpecError, parse_fault, parse_fleet
+from loadtest.sim.fleet import SpecError, parse_cost, parse_fault, parse_fleet
 from loadtest.sim.profiles import PROFILES
 from loadtest.sim.results import Slo
 from loadtest.sim.runs import POLICIES, SATURATED_SLO_RATIO, saturation, simulate
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--agents", action="store_true", help="predicted_cost gets the reports as well")
     add("--stall", type=_positive, default=None, metavar="SECONDS", help="watchdog on nodes that stop moving")
     add("--attempts", type=int, default=1, metavar="N", help="tries before a first token (default 1)")
+    add("--cost", default="", metavar="NAME=VALUE,…", help="other weights for predicted_cost, e.g. decode=0.2,waste=1")
     add("--deadline", type=_positive, default=30.0, metavar="SECONDS", help="to the first token (default 30)")
     add("--saturation", action="store_true", help="first find the rate scale near saturation, and use it")
     add("--seed", type=int, default=1, metavar="N", help="same seed, same figures (default 1)")
@@ -134,6 +135,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
         agents=args.agents,
         stall_s=args.stall,
         attempts=args.attempts,
+        cost=parse_cost(args.cost),
         seed=args.seed,
     )
 

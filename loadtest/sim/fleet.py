@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from balancer.core.cost import CostPolicy
 from loadtest.sim.profiles import PROFILES, EngineProfile, slower
 
 FaultKind = Literal["slow", "hang", "crash", "fail"]
@@ -21,8 +22,12 @@ class SpecError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One node's trouble. slow: all its times `factor` longer; hang: takes requests, moves nothing; crash: everything
-    there is lost, connections are refused, and it comes back empty; fail: answers 500 in 5 ms (a black hole)."""
+    """One node's trouble.
+
+    slow: all its times are `factor` longer. hang: it takes requests and moves nothing. crash: everything there is
+    lost, connections are refused, and it comes back empty. fail: new requests get a 500 in 5 ms (a black hole), running
+    ones end well.
+    """
 
     kind: FaultKind
     node: int
@@ -45,6 +50,16 @@ def parse_fleet(spec: str) -> list[EngineProfile]:
     if not found:
         raise SpecError(f"{spec!r}: no nodes")
     return found
+
+
+def parse_cost(spec: str) -> CostPolicy:
+    """Weights of predicted_cost, `decode=0.2,waste=1`; the others stay at their defaults. Raises SpecError."""
+    try:
+        pairs = [part.split("=") for part in spec.split(",") if part]
+        return replace(CostPolicy(), **{name.strip(): float(value) for name, value in pairs})
+    except (TypeError, ValueError):
+        names = ", ".join(weight.name for weight in fields(CostPolicy))
+        raise SpecError(f"{spec!r}: want NAME=VALUE,..., NAME one of {names}") from None
 
 
 def parse_fault(spec: str, nodes: int) -> Fault:

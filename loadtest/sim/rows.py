@@ -57,6 +57,7 @@ class Row:
     faults: tuple[Fault, ...] = ()
     stall_s: float | None = None
     balancers: int = 1
+    without: tuple[str, ...] = ()  # policies left out of the standard table
     variants: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def scenario(self, seed: int) -> Scenario:
@@ -86,12 +87,13 @@ def _points_below(ours: str, other: str, allowed: float) -> Judge:
     return lambda runs: (100 * (runs[other].slo_ratio - runs[ours].slo_ratio), allowed)
 
 
-# Rates: `equal` near saturation (about 2.3 with the excerpt), `half` and `mixed` at 80 % of what bisection found for
-# their fleets, the fault rows at 75 % of `equal`'s, so that seven good nodes still carry it.
+# Rates: `equal` near saturation (about 2.4 with the excerpt), `half` and `mixed` at 80 % of what bisection found for
+# their fleets, the fault rows at 75 % of `equal`'s, so that seven good nodes still carry it, agents where one balancer
+# keeps the SLO for about nine in ten.
 HALF_SCALE = 1.0
 MIXED_SCALE = 9.4
 FAULT_SCALE = 1.75
-AGENTS_PER_S = 30.0
+AGENTS_PER_S = 70.0
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -140,13 +142,7 @@ ROWS: tuple[Row, ...] = (
         fleet="8xh100-70b",
         rate_scale=FAULT_SCALE,
         faults=(Fault(kind="fail", node=0, from_s=60.0),),
-        bounds=(
-            # What was in flight when it broke is lost with any policy: the oracle's errors are those.
-            Bound(
-                text="errors beyond the oracle's, %",
-                judge=lambda runs: (100 * (runs[OURS].error_ratio - runs["oracle"].error_ratio), 1.5),
-            ),
-        ),
+        bounds=(Bound(text="errors, %", judge=lambda runs: (100 * runs[OURS].error_ratio, 1.5)),),
     ),
     Row(
         name="hang",
@@ -170,6 +166,7 @@ ROWS: tuple[Row, ...] = (
         fleet="8xh100-70b",
         rate_scale=AGENTS_PER_S,
         balancers=4,
+        without=("oracle",),  # it has nothing to share, and forecasts of so many streams take minutes
         variants={
             "one balancer": (OURS, {"balancers": 1}),
             "not sharing": (OURS, {"share_s": None}),

@@ -33,7 +33,7 @@ def make(name: str, targets: Sequence[Target], rng: Random, world: World) -> Pol
     """The policy of that name for one balancer."""
     block_tokens = world.scenario.fleet[0].block_tokens
     if name == "predicted_cost":
-        return Predicted(name, targets, rng, block_tokens)
+        return Predicted(name, targets, rng, block_tokens, world.scenario.cost)
     if name == "oracle":
         return Oracle(name, targets, rng, world.engines, world.answers)
     policy = simple(name, targets, rng)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from balancer.core.cost import CostPolicy
 from loadtest.sim.arrival import Arrival
 from loadtest.sim.fleet import Fault
 from loadtest.sim.policies import Attempt
@@ -29,6 +30,7 @@ class Scenario:
     agents: bool = False  # whether predicted_cost gets the reports as well
     stall_s: float | None = None  # watchdog on nodes that stopped moving
     attempts: int = 1  # tries before a first token
+    cost: CostPolicy = field(default_factory=CostPolicy)  # predicted_cost's weights
     seed: int = 1
 
 

@@ -11,13 +11,15 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from balancer.core.cost import CostPolicy
 from loadtest.sim import traces
 from loadtest.sim.arrival import Arrival
+from loadtest.sim.fleet import SpecError, parse_cost
 from loadtest.sim.results import Figures, mean
 from loadtest.sim.rows import ROWS, STANDARD_POLICIES, Row
 from loadtest.sim.runs import POLICIES, saturation, simulate
@@ -28,7 +30,7 @@ DATA = Path(__file__).parent / "data"
 EXCERPT_S = 300.0
 # Near saturation is looked for between these scales, to within 4 %.
 LOW_SCALE, HIGH_SCALE, STEPS = 1.2, 4.8, 5
-AGENT_REQUESTS = 4000
+AGENT_REQUESTS = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Traffic:
     mooncake: Path
     conv: Path
     length_s: float | None
+    cost: CostPolicy = field(default_factory=CostPolicy)  # predicted_cost's weights
 
     def arrivals(self, row: Row, rate_scale: float, seed: int) -> list[Arrival]:
         """A row's requests."""
@@ -61,12 +64,14 @@ def _saturated(name: str, traffic: Traffic) -> float:
 
 def _run(name: str, traffic: Traffic, rate_scale: float, policy: str, changes: Mapping[str, Any], seed: int) -> Figures:
     row = _BY_NAME[name]
-    return simulate(policy, replace(row.scenario(seed), **changes), traffic.arrivals(row, rate_scale, seed))
+    return simulate(
+        policy, replace(row.scenario(seed), cost=traffic.cost, **changes), traffic.arrivals(row, rate_scale, seed)
+    )
 
 
 def _cells(row: Row, policies: Iterable[str]) -> list[tuple[str, str, Mapping[str, Any]]]:
     return [
-        *((policy, policy, {}) for policy in policies),
+        *((policy, policy, {}) for policy in policies if policy not in row.without),
         *((label, policy, changes) for label, (policy, changes) in row.variants.items()),
     ]
 
@@ -126,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; may be repeated")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs a cell, of which the mean is shown")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
+    parser.add_argument("--cost", default="", metavar="NAME=VALUE,…", help="other weights for predicted_cost")
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a bound is missed")
     args = parser.parse_args(argv)
@@ -133,15 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows or args.seeds < 1 or args.workers < 1:
         print(f"rows: {', '.join(row.name for row in ROWS)}; seeds and workers: at least 1", file=sys.stderr)
         return 2
-    traffic = Traffic(mooncake=args.mooncake, conv=args.conv, length_s=None if args.full else EXCERPT_S)
     try:
+        length_s = None if args.full else EXCERPT_S
+        traffic = Traffic(mooncake=args.mooncake, conv=args.conv, length_s=length_s, cost=parse_cost(args.cost))
         for path in (args.mooncake, args.conv):
             traces.load(path, Random(1))
         policies = [name for name in POLICIES if args.full or name in STANDARD_POLICIES]
         missed, text = run(rows, traffic, policies, args.seeds, args.workers)
         if args.json is not None:
             args.json.write_text(text, "utf-8")
-    except (OSError, traces.TraceError) as error:
+    except (OSError, SpecError, traces.TraceError) as error:
         print(f"standard table: {error}", file=sys.stderr)
         return 2
     bounds = sum(len(row.bounds) for row in rows)

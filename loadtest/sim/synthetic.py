@@ -31,33 +31,34 @@ class AgentTraffic:
 
 
 def generate(traffic: AgentTraffic, count: int, rng: Random) -> Iterator[Arrival]:
-    """`count` arrivals in the order of their times. Sessions begin as a Poisson process, at a rate that gives the mean.
+    """`count` arrivals in the order of their times, from an empty service on.
 
-    Block ids never repeat by accident: a session's own blocks carry its number.
+    Sessions begin as a Poisson process. The rate grows for as long as sessions last (about two minutes), and stays
+    somewhat below `requests_per_s` after that, because long sessions are cut. Block ids never repeat by accident: a
+    session's own blocks carry its number.
     """
     session_rate = traffic.requests_per_s / traffic.turns
-    pending: list[tuple[float, int, int, int, tuple[int, ...]]] = []  # at, session, system, prompt tokens, blocks
+    pending: list[tuple[float, int, int, int]] = []  # at, session, system prompt, prompt tokens so far
     next_session_s, session, made = rng.expovariate(session_rate), 0, 0
     while made < count:
         if pending and pending[0][0] <= next_session_s:
-            at_s, number, system, said, blocks = heapq.heappop(pending)
+            at_s, number, system, said = heapq.heappop(pending)
         else:
-            at_s, number, system, said, blocks = next_session_s, session, _popular(traffic, rng), 0, ()
-            said = traffic.system_tokens
+            at_s, number, system, said = next_session_s, session, _popular(traffic, rng), traffic.system_tokens
             session += 1
             next_session_s += rng.expovariate(session_rate)
         prompt = said + _length(traffic.user_tokens, traffic.spread, rng)
         output = _length(traffic.output_tokens, traffic.spread, rng)
         shared = traffic.system_tokens // MOONCAKE_BLOCK_TOKENS
         blocks = tuple(
-            -(system * 4096 + at + 1) if at < shared else (number << 20) + at
-            for at in range(prompt // MOONCAKE_BLOCK_TOKENS)
+            -(system * 4096 + place + 1) if place < shared else (number << 20) + place
+            for place in range(prompt // MOONCAKE_BLOCK_TOKENS)
         )
         made += 1
         yield Arrival(at_s, prompt, output, blocks)
         if rng.random() < 1.0 - 1.0 / traffic.turns and prompt + output < traffic.longest_prompt:
             pause_s = rng.expovariate(1.0 / traffic.think_s) + 0.03 * output
-            heapq.heappush(pending, (at_s + pause_s, number, system, prompt + output, blocks))
+            heapq.heappush(pending, (at_s + pause_s, number, system, prompt + output))
 
 
 def _length(median: int, spread: float, rng: Random) -> int:

@@ -46,16 +46,16 @@ class Troubles:
         if fault.kind == "slow":
             engine.slow = fault.factor
             return
+        if fault.kind == "fail":
+            world.failing[at] = True
+            return
         self.halted_s[at] = world.now
         if fault.kind == "hang":
             engine.halt()
             world.push(world.now + IDLE_S, Event.IDLE, at)
             return
-        if fault.kind == "crash":
-            world.down[at] = True
-            world.agents[at].restarted()
-        else:
-            world.failing[at] = True
+        world.down[at] = True
+        world.agents[at].restarted()
         engine.crash()
         for flight in world.forget_flights(at):
             if math.isnan(flight.first_s):
@@ -67,6 +67,8 @@ class Troubles:
         world, at = self._world, fault.node
         if fault.kind == "slow":
             world.engines[at].slow = 1.0
+        elif fault.kind == "fail":
+            world.failing[at] = False
         else:
-            world.down[at] = world.failing[at] = False
+            world.down[at] = False
             world.engines[at].resume(world.now)

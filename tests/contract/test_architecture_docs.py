@@ -8,13 +8,15 @@ import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import balancer
 import node_agent
+from balancer.core.cost import PRICES
 from balancer.core.outcome import RULINGS, Outcome
+from balancer.core.selection import PolicyName
 from tests.contract.markdown import PAGES, ROOT, anchors, page, tables, ticked
 
 DOCUMENT = page("docs/architecture.md")
@@ -98,6 +100,18 @@ def test_log_events_named_are_logged(path: Path) -> None:
 
 def _is_setting(word: str) -> bool:
     return any(f"`{word}`" in line for line in page("docs/configuration.md").splitlines() if line.startswith("| `"))
+
+
+def test_policies_are_the_ones_that_can_be_chosen() -> None:
+    policies = set(get_args(PolicyName))
+    assert {row[0] for row in tables(DOCUMENT, "routing.policy", "chooses")} == policies
+    row = next(line for line in page("docs/configuration.md").splitlines() if line.startswith("| `routing.policy`"))
+    assert policies <= set(ticked(row))
+
+
+def test_prices_are_the_ones_that_are_added_up() -> None:
+    told = DOCUMENT.partition("The prices of `predicted_cost`:")[2].partition(".\n")[0]
+    assert ticked(told) == list(PRICES)
 
 
 def test_outcome_table_is_the_one_in_force() -> None:

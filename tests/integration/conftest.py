@@ -15,6 +15,9 @@ from tests.harness import Balancer, running
 from tests.integration.raw_http import MODEL, Wire
 from tests.integration.scripted_node import ScriptedNode
 
+# One check, with all the time it needs: how slow this machine is just now says nothing about a node.
+PATIENT = {"interval_s": 1000.0, "timeout_s": 1000.0}
+
 Serve = Callable[..., Awaitable[Balancer]]
 
 
@@ -49,6 +52,7 @@ async def serve() -> AsyncIterator[Serve]:
     async with AsyncExitStack() as stack:
 
         async def start(*nodes: FakeNode | ScriptedNode | Mapping[str, Any], **settings: Any) -> Balancer:
+            settings = {"health": PATIENT, **settings}
             return await stack.enter_async_context(running(*map(node_settings, nodes), **settings))
 
         yield start

@@ -158,12 +158,20 @@ async def test_a_node_that_hangs_with_its_health_check_green_loses_no_unary_requ
 # -- prompts that kill
 
 
-async def test_a_prompt_that_kills_nodes_is_sent_to_no_third_one() -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh_connections", "kept_connections"])
+async def test_a_prompt_that_kills_nodes_is_sent_to_no_third_one(kept: bool) -> None:
     async with instant_nodes(4) as nodes:
+        for node in nodes:
+            node.faults.add(Fault("die", body_has="poison"))
         async with running(*fleet(*nodes), **QUIET) as balancer, client_of(balancer.url) as client:
-            for node in nodes:
-                node.faults.clear()
-                node.faults.add(Fault("die", body_has="poison"))
+            if kept:  # every node has a connection lying idle
+                for id_ in "abcd":
+                    others = [other for other in "abcd" if other != id_]
+                    for other in others:
+                        balancer.app.registry.drain(other, drained=True)
+                    assert (await client.post(chat())).node == id_
+                    for other in others:
+                        balancer.app.registry.drain(other, drained=False)
             reply = await client.post(chat("poison"))
             assert reply.status in (502, 503)
             assert sum(not node.listening for node in nodes) <= 2

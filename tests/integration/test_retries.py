@@ -130,13 +130,11 @@ async def test_no_more_nodes_are_asked_than_max_attempts(max_attempts: int) -> N
 
 async def test_back_off_doubles_and_is_waited_for_on_the_clock() -> None:
     clock = RushedClock()
-    async with FakeNode(instant=True) as a, FakeNode(instant=True) as b, FakeNode(instant=True) as c:
-        async with FakeNode(instant=True) as well:
-            ask_for_status(a, b, c, status=500)
-            settings = {"retry": {"max_attempts": 4, "base_s": 200.0, "max_s": 500.0}, **QUIET}
-            nodes = fleet(a, b, c, well)
-            async with running(*nodes, clock=clock, **settings) as balancer, client_of(balancer.url) as client:
-                reply = await client.post(chat())
+    async with instant_nodes(4) as nodes:
+        ask_for_status(*nodes[:3], status=500)
+        settings = {"retry": {"max_attempts": 4, "base_s": 200.0, "max_s": 500.0}, **QUIET}
+        async with running(*fleet(*nodes), clock=clock, **settings) as balancer, client_of(balancer.url) as client:
+            reply = await client.post(chat())
         assert (reply.is_whole, reply.attempts) == (True, 4)
         assert len(clock.waits) == 3
         for waited_s, full_s in zip(clock.waits, (200.0, 400.0, 500.0), strict=True):
