@@ -266,8 +266,9 @@ class Admission:
             self._queue.leave(ticket)
             if taken is None and waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 give_back(waiter.result())
-            call.queue_s += self._clock.now() - begun_s
-            self._metrics.queue_seconds.observe(call.queue_s)
+            waited_s = self._clock.now() - begun_s
+            call.queue_s += waited_s
+            self._metrics.queue_seconds.observe(waited_s)
 
     def _grant(self) -> None:
         """Hand out what is free to those who waited longest, by priority; a full model holds up only its own."""

@@ -74,6 +74,7 @@ class App:
         rng: Random | None = None,
     ) -> None:
         self._write_event = write_event
+        self._started_with = settings
         self._settings = settings
         self._load = load
         self._clock = clock or SystemClock()
@@ -299,7 +300,7 @@ class App:
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)
         self._settings = new
-        fixed = [name for name in RESTART_ONLY if _setting(old, name) != _setting(new, name)]
+        fixed = self._needs_restart()
         log.info("settings.reloaded", nodes=len(self.registry.nodes), needs_restart=fixed)
         return fixed
 
@@ -315,8 +316,11 @@ class App:
         return removed
 
     def effective(self) -> dict[str, Any]:
-        """The settings in force, secrets masked."""
-        return masked(self._settings)
+        """The settings as last read, secrets masked, and which of them wait for a restart."""
+        return {**masked(self._settings), "needs_restart": self._needs_restart()}
+
+    def _needs_restart(self) -> list[str]:
+        return [name for name in RESTART_ONLY if _setting(self._started_with, name) != _setting(self._settings, name)]
 
     async def _tick(self) -> None:
         """Housekeeping, and how late the loop runs it."""

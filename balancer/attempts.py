@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from itertools import pairwise
 from random import Random
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -218,9 +219,9 @@ class Attempts:
         candidates = self._registry.candidates(request.model, self._clock.now())
         return any(node.id not in request.tried for node in candidates.nodes)
 
-    async def _try(self, request: InferenceRequest, call: Call) -> Attempt:
-        """One attempt, up to its commit point or its failure."""
-        slot = await self._slot(request, call)
+    async def _try(self, request: InferenceRequest, call: Call, again_at: Node | None = None) -> Attempt:
+        """One attempt, up to its commit point or its failure; `again_at` is the node to take if it may be had."""
+        slot = await self._slot(request, call, again_at)
         node = slot.node
         now = self._clock.now()
         endpoint = request.endpoint
@@ -247,7 +248,7 @@ class Attempts:
                 if self._may_ask_again(attempt, request, pool):
                     request.tried.discard(node.id)
                     attempt.settle()
-                    return await self._try(request, call)
+                    return await self._try(request, call, again_at=node)
         except BaseException:
             answer.cancel()
             attempt.settle()
@@ -256,10 +257,10 @@ class Attempts:
             attempt.settle()
         return attempt
 
-    async def _slot(self, request: InferenceRequest, call: Call) -> Slot:
+    async def _slot(self, request: InferenceRequest, call: Call, again_at: Node | None) -> Slot:
         """A node and the right to one attempt there; waits in the queue while every node left is full."""
-        taken = None
-        if not (self._registry.is_bounded and self._admission.is_contended):
+        taken = self._take(again_at, request, call, panic=False) if again_at is not None else None
+        if taken is None and not (self._registry.is_bounded and self._admission.is_contended):
             taken = self._select(request, call)
         if taken is None:
             taken = await self._admission.wait_for(
@@ -270,30 +271,35 @@ class Attempts:
 
     def _select(self, request: InferenceRequest, call: Call) -> Slot | None:
         """Pick, permit and in-flight + 1 in one step; None while every node left is full. Raises _NobodyLeft."""
-        registry, now = self._registry, self._clock.now()
+        now = self._clock.now()
         while True:
-            candidates = registry.candidates(request.model, now)
+            candidates = self._registry.candidates(request.model, now)
             node = self.routing.pick(candidates, request, now, self._rng)
             if node is None:
                 if any(node.id not in request.tried for node in candidates.nodes):
                     return None
                 raise _NobodyLeft(candidates)
-            request.tried.add(node.id)
-            permit = registry.acquire(node, panic=candidates.panic, now=now)
-            if permit is not None:
-                call.panic = call.panic or candidates.panic
-                return Slot(node, permit, self.routing.dispatched(node, request, now))
+            if (slot := self._take(node, request, call, panic=candidates.panic)) is not None:
+                return slot
+
+    def _take(self, node: Node, request: InferenceRequest, call: Call, *, panic: bool) -> Slot | None:
+        now = self._clock.now()
+        request.tried.add(node.id)
+        permit = self._registry.acquire(node, panic=panic, now=now)
+        if permit is None:
+            return None
+        call.panic = call.panic or panic
+        return Slot(node, permit, self.routing.dispatched(node, request, now))
 
     def _unselect(self, request: InferenceRequest, slot: Slot) -> None:
         request.tried.discard(slot.node.id)
         self.routing.ended(slot.node, slot.sent, request, Outcome.CLIENT_GONE, None, self._clock.now())
         self._registry.give_back(slot.node, slot.permit)
 
-    @staticmethod
-    async def _connect(pool: NodePool, attempt: Attempt, left_s: float) -> NodeConnection | None:
+    async def _connect(self, pool: NodePool, attempt: Attempt, left_s: float) -> NodeConnection | None:
         try:
             async with asyncio.timeout(left_s):
-                return await pool.connect()
+                return await pool.connect(self._connect_s)
         except ConnectFailed as failed:
             attempt.connect_outcome = failed.outcome
         except TimeoutError:
@@ -312,6 +318,7 @@ class Attempts:
         call = attempt.call
         if call.sent_s == 0.0:
             call.sent_s = now
+            call.overhead_s = now - call.received_s - call.queue_s
         body = request.body
         if request.usage_body is not None and attempt.node.id not in self._no_usage:
             body = request.usage_body
@@ -354,7 +361,6 @@ class Attempts:
             kept[1].close()
         pool = NodePool(
             node.config.url,
-            connect_s=self._connect_s,
             max_connections=self._max_connections,
             now=self._clock.now,
         )
@@ -391,7 +397,7 @@ class Attempts:
         if answer.first_token_s:
             node.load.first_token(answer.first_token_s - answer.sent_s, now)
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)
-        elif outcome is Outcome.BACK_PRESSURE and attempt.connect_outcome is None:
+        elif outcome.ruling.cut_weight and attempt.connect_outcome is None:
             rest_s = retry_after_s(answer.head.retry_after if answer.head else None, self._clock.wall())
             self._registry.blocked(node, rest_s, answer.status, now)
         self._metrics.attempts.of(node.id, outcome.label).value += 1
@@ -435,10 +441,17 @@ def _credentials(node: Node) -> bytes:
 
 
 def deaths(attempts: Sequence[tuple[str, str, float]]) -> int:
-    """On how many nodes an attempt ended with the node gone or hung after the request had been sent there."""
-    return sum(outcome in _DEATHS for _, outcome, _ in attempts)
+    """On how many nodes an attempt ended with the node gone or hung after the request had been sent there.
+
+    A kept-alive connection that broke counts when the same node then refused a new one: it did not merely close.
+    """
+    count = sum(outcome in _DEATHS for _, outcome, _ in attempts)
+    for (node, outcome, _), (then, after, _) in pairwise(attempts):
+        count += node == then and outcome == _STALE and after in _REFUSALS
+    return count
 
 
+_STALE = Outcome.STALE_CONNECTION.label
 _DEATHS = frozenset(
     outcome.label
     for outcome in (

@@ -6,7 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from balancer.settings import Settings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,13 +60,13 @@ def _fail(message: str, status: int) -> NoReturn:
 def _serve(args: argparse.Namespace) -> None:
     from balancer import log
     from balancer.app import serve
-    from balancer.settings import Settings, SettingsError, load
+    from balancer.settings import SettingsError, load
 
     path = args.config or os.environ.get("BALANCER_CONFIG")
     overrides = _overrides(args)
 
     def read() -> Settings:
-        return load(path, overrides)
+        return _checked(load(path, overrides))
 
     try:
         settings = read()
@@ -79,6 +82,20 @@ def _serve(args: argparse.Namespace) -> None:
     finally:
         if lines is not None:
             lines.flush()
+
+
+def _checked(settings: Settings) -> Settings:
+    """The settings, if they can be started with. Raises SettingsError."""
+    from balancer.settings import SettingsError
+
+    if settings.redis.url is not None:
+        from balancer.store.address import parse
+
+        try:
+            parse(settings.redis.url)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+    return settings
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,7 +132,7 @@ def _check_config(args: argparse.Namespace) -> None:
     from balancer.settings import SettingsError, load, masked
 
     try:
-        settings = load(args.file, {})
+        settings = _checked(load(args.file, {}))
     except SettingsError as error:
         _fail(str(error), 2)
     print(yaml.safe_dump(masked(settings), sort_keys=False, allow_unicode=True), end="")

@@ -26,6 +26,7 @@ class Call:
         "id",
         "model",
         "node",
+        "overhead_s",
         "panic",
         "prompt_tokens",
         "queue_s",
@@ -50,6 +51,7 @@ class Call:
         self.attempts_begun = 0
         self.panic = False
         self.queue_s = 0.0
+        self.overhead_s = 0.0  # from accept to then, without waiting in the queue
         self.sent_s = 0.0  # when the first attempt's request was written
         self.first_token_s = 0.0
         self.finished_s = 0.0

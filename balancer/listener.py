@@ -10,7 +10,10 @@ from balancer.settings import split_address
 
 def listen(name: str, address: str, *, backlog: int) -> socket.socket:
     """A non-blocking listening socket on HOST:PORT. Raises OSError that says which setting cannot be had, and why."""
-    host, port = split_address(address)
+    try:
+        host, port = split_address(address)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"{name}: {error}") from error
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         made = socket.create_server((host, port), family=family, backlog=backlog)

@@ -93,7 +93,10 @@ def set_up(level: str, format_: LogFormat) -> BufferedLines | None:
             processors=[
                 structlog.processors.add_log_level,
                 structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-                structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+                structlog.dev.ConsoleRenderer(
+                    colors=sys.stderr.isatty(),
+                    exception_formatter=structlog.dev.plain_traceback,  # rich would print locals: prompts and keys
+                ),
             ],
             wrapper_class=minimum,
             logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -179,7 +179,7 @@ class Metrics:
         self.gpu_seconds_saved = Counter(
             "balancer_gpu_seconds_saved_total", "Time that nodes did not spend on answers served from the cache"
         )
-        self.event_loop_lag = Gauge("balancer_event_loop_lag_seconds", "How late the event loop ran a timer, at worst")
+        self.event_loop_lag = Gauge("balancer_event_loop_lag_seconds", "How late the event loop ran its last timer")
         self.connections = Gauge("balancer_client_connections", "Open client connections")
         self.buffered = Gauge("balancer_buffered_bytes", "Bytes of request bodies held now")
 

@@ -114,7 +114,7 @@ class Journal:
             self._write("request.finished", self._clock.wall(), _facts(call, now))
 
     def _count(self, call: Call, now: float) -> None:
-        model = call.model if call.node or call.model in self._registry.listed_models else "other"
+        model = call.model if call.model in self._registry.listed_models else "other"
         series = self._series.get((model, call.endpoint))
         if series is None:
             series = self._series[model, call.endpoint] = _Series(self._metrics, model, call.endpoint)
@@ -127,7 +127,7 @@ class Journal:
         series.seconds.observe(now - call.received_s)
         self._lookups[call.cache].value += 1
         if call.sent_s:
-            self._overhead.observe(call.sent_s - call.received_s - call.queue_s)
+            self._overhead.observe(call.overhead_s)
         if call.first_token_s:
             series.ttft.observe(call.first_token_s - call.received_s)
             if call.completion_tokens is not None and call.completion_tokens > 1:

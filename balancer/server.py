@@ -110,6 +110,7 @@ class DataPort:
     async def start(self) -> None:
         """Serve what comes to the address."""
         loop = asyncio.get_running_loop()
+        assert self._socket is not None  # bind() comes first
         self._server = await loop.create_server(self._connection(loop), sock=self._socket, backlog=BACKLOG)
         self.address = address_of(self._server.sockets[0])
 

@@ -354,6 +354,8 @@ def _with_files_read(data: Any, where: str) -> Any:
     read: dict[str, Any] = {}
     for key, value in data.items():
         name = str(key).removesuffix("_file")
+        if name != key and name in SECRETS and value is not None and data.get(name) is not None:
+            raise ValueError(f"{where}.{key}".lstrip(".") + f": {name} is set as well; one of them, please")
         if name != key and name in SECRETS and isinstance(value, str):
             try:
                 read[name] = Path(value).read_text(encoding="utf-8").strip()

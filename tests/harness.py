@@ -24,8 +24,12 @@ QUICK: Mapping[str, Any] = {
     "health": {"interval_s": 0.2, "timeout_s": 0.5},
     "retry": {"base_s": 0.001},
 }
-# No checks after the first one and no cache: whatever a test sees, its own requests did it.
-QUIET: Mapping[str, Any] = {"health": {"interval_s": 1000.0}, "cache": {"enabled": False}}
+# No checks after the first one, no cache, and picks that are known beforehand: what a test sees, its requests did.
+QUIET: Mapping[str, Any] = {
+    "health": {"interval_s": 1000.0},
+    "cache": {"enabled": False},
+    "routing": {"policy": "least_outstanding"},
+}
 
 
 class Balancer:

@@ -370,7 +370,8 @@ class Answer:
             return Outcome.BAD_BODY
         if isinstance(parsed, dict):
             error = parsed.get("error")
-            if error is None or "object" in parsed:
+            kind = parsed.get("object")
+            if kind == "response" or (error is None and kind != "error"):  # a failed response is an answer
                 self.usage = usage_of(parsed)
                 return Outcome.OK
             message = error.get("message") if isinstance(error, dict) else error

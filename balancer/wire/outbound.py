@@ -156,7 +156,7 @@ class NodeConnection(asyncio.Protocol):
         if self._body_begun and exc is None and not self._delimited:
             answer.on_end()  # a body without a length ends with its connection
         elif self._body_begun:
-            answer.on_broken(Outcome.TRUNCATED)
+            answer.on_broken(Outcome.TRUNCATED if exc is None else Outcome.RESET_AFTER_HEAD)
         elif self.reused and self._received == 0 and self._pool.now() - answer.sent_s < STALE_S:
             answer.on_broken(Outcome.STALE_CONNECTION)
         else:
@@ -239,7 +239,6 @@ class NodePool:
 
     __slots__ = (
         "_addresses",
-        "_connect_s",
         "_idle",
         "_loop",
         "_max",
@@ -259,7 +258,6 @@ class NodePool:
         self,
         url: str,
         *,
-        connect_s: float,
         max_connections: int,
         now: Callable[[], float],
     ) -> None:
@@ -269,7 +267,6 @@ class NodePool:
         self.prefix = parts.path.rstrip("/").encode()
         self.host_line = b"host: %b\r\n" % parts.netloc.rpartition("@")[2].encode()
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._connect_s = connect_s
         self._max = max_connections
         self.now = now
         self._loop = asyncio.get_running_loop()
@@ -296,15 +293,15 @@ class NodePool:
             return connection
         return None
 
-    async def connect(self) -> NodeConnection:
-        """A fresh connection; every address of the node's name is tried. Raises ConnectFailed."""
+    async def connect(self, connect_s: float) -> NodeConnection:
+        """A fresh connection; every address of the node's name is tried, `connect_s` each. Raises ConnectFailed."""
         if len(self._open) >= self._max:
             raise ConnectFailed(Outcome.BACK_PRESSURE, "max_connections_per_node reached")
         addresses = await self._resolve()
         failure = ConnectFailed(Outcome.REFUSED, f"{self.host} has no address")
         for address in addresses:
             try:
-                async with asyncio.timeout(self._connect_s):
+                async with asyncio.timeout(connect_s):
                     _, connection = await self._loop.create_connection(
                         lambda: NodeConnection(self),
                         address,
@@ -315,7 +312,7 @@ class NodePool:
                 self._open.add(connection)
                 return connection
             except TimeoutError:
-                failure = ConnectFailed(Outcome.CONNECT_TIMEOUT, f"{address}: no connection in {self._connect_s} s")
+                failure = ConnectFailed(Outcome.CONNECT_TIMEOUT, f"{address}: no connection in {connect_s} s")
             except (OSError, ssl.SSLError) as error:
                 failure = ConnectFailed(Outcome.REFUSED, f"{address}: {error}")
         self._resolved_s = float("-inf")

@@ -173,4 +173,12 @@ ROWS: tuple[Row, ...] = (
         },
         bounds=(Bound(text="SLO share below one balancer's, points", judge=_points_below(OURS, "one balancer", 5.0)),),
     ),
+    Row(
+        name="code",  # its trace is not committed: only with --code FILE
+        title="8 equal nodes, code completion: long prompts, a few tokens",
+        trace="code",
+        fleet="8xa100-8b",
+        rate_scale=3.0,
+        bounds=(),
+    ),
 )

@@ -39,7 +39,8 @@ class Traffic:
 
     mooncake: Path
     conv: Path
-    length_s: float | None
+    code: Path | None = None
+    length_s: float | None = None
     cost: CostPolicy = field(default_factory=CostPolicy)  # predicted_cost's weights
 
     def arrivals(self, row: Row, rate_scale: float, seed: int) -> list[Arrival]:
@@ -47,7 +48,9 @@ class Traffic:
         rng = Random(seed)
         if row.trace == "agents":
             return list(generate(AgentTraffic(requests_per_s=rate_scale), AGENT_REQUESTS, rng))
-        found = traces.load(self.conv if row.trace == "conv" else self.mooncake, rng)
+        path = {"conv": self.conv, "code": self.code, "mooncake": self.mooncake}[row.trace]
+        assert path is not None, "a row without its trace is left out"
+        found = traces.load(path, rng)
         if self.length_s is not None:
             found = traces.excerpt(found, 0.0, self.length_s)
         return traces.scaled(found, rate_scale)
@@ -128,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--full", action="store_true", help="whole traces instead of 5 minutes, all policies")
     parser.add_argument("--mooncake", type=Path, default=DATA / "mooncake_conversation_600.jsonl", metavar="FILE")
     parser.add_argument("--conv", type=Path, default=DATA / "azure2023_conv_800.csv", metavar="FILE")
+    parser.add_argument("--code", type=Path, default=None, metavar="FILE", help="Azure code trace: one more row")
     parser.add_argument("--row", action="append", default=[], metavar="NAME", help="only this row; may be repeated")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs a cell, of which the mean is shown")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), metavar="N")
@@ -135,15 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--strict", action="store_true", help="exit status 1 when a bound is missed")
     args = parser.parse_args(argv)
-    rows = [row for row in ROWS if not args.row or row.name in args.row]
+    rows = [row for row in ROWS if row.name in (args.row or _BY_NAME) and (row.trace != "code" or args.code)]
     if not rows or args.seeds < 1 or args.workers < 1:
         print(f"rows: {', '.join(row.name for row in ROWS)}; seeds and workers: at least 1", file=sys.stderr)
         return 2
     try:
         length_s = None if args.full else EXCERPT_S
-        traffic = Traffic(mooncake=args.mooncake, conv=args.conv, length_s=length_s, cost=parse_cost(args.cost))
-        for path in (args.mooncake, args.conv):
-            traces.load(path, Random(1))
+        traffic = Traffic(
+            mooncake=args.mooncake, conv=args.conv, code=args.code, length_s=length_s, cost=parse_cost(args.cost)
+        )
+        for path in (args.mooncake, args.conv, args.code):
+            if path is not None:
+                traces.load(path, Random(1))
         policies = [name for name in POLICIES if args.full or name in STANDARD_POLICIES]
         missed, text = run(rows, traffic, policies, args.seeds, args.workers)
         if args.json is not None:

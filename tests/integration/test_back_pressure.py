@@ -46,8 +46,8 @@ async def test_a_node_is_left_alone_for_its_retry_after() -> None:
 async def test_back_pressure_never_opens_a_breaker() -> None:
     async with FakeNode(instant=True) as busy, FakeNode(instant=True) as free:
         push_back(busy, retry_after=0)
-        nodes = fleet(busy, free)
-        async with running(*nodes, routing={"policy": "round_robin"}, **QUIET) as balancer:
+        settings = {**QUIET, "routing": {"policy": "round_robin"}}
+        async with running(*fleet(busy, free), **settings) as balancer:
             async with client_of(balancer.url) as client:
                 replies = await client.many(60, at_once=1)
             assert all(reply.is_whole for reply in replies)

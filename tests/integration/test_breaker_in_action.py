@@ -207,7 +207,7 @@ async def test_the_only_node_is_asked_even_when_its_breaker_is_open() -> None:
 
 
 async def four_nodes(count: int, *faults: Fault | None, **settings: Any) -> tuple[list[Reply], list[FakeNode]]:
-    """`count` requests to four nodes with a fault each, under the default policy."""
+    """`count` requests to four nodes with a fault each, under least_outstanding."""
     nodes = [FakeNode(instant=True, seed=seed) for seed in range(4)]
     async with nodes[0], nodes[1], nodes[2], nodes[3]:
         for node, fault in zip(nodes, faults, strict=True):

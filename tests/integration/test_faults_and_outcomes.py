@@ -21,12 +21,12 @@ BEFORE_COMMIT = [
     (Fault("reset"), UNARY, "reset_before_head", (502, "upstream_unreachable")),
     (Fault("close"), UNARY, "reset_before_head", (502, "upstream_unreachable")),
     (Fault("close"), STREAM, "reset_before_head", (502, "upstream_unreachable")),
-    (Fault("reset", after_events=0), UNARY, "truncated", (502, "upstream_truncated")),
-    (Fault("reset", after_events=1), UNARY, "truncated", (502, "upstream_truncated")),
+    (Fault("reset", after_events=0), UNARY, "reset_after_head", (502, "upstream_truncated")),
+    (Fault("reset", after_events=1), UNARY, "reset_after_head", (502, "upstream_truncated")),
     (Fault("close", after_events=1), UNARY, "truncated", (502, "upstream_truncated")),
     (Fault("truncated"), UNARY, "truncated", (502, "upstream_truncated")),
     (Fault("close", after_events=0), STREAM, "truncated", (502, "upstream_truncated")),
-    (Fault("reset", after_events=1), STREAM, "truncated", (502, "upstream_truncated")),
+    (Fault("reset", after_events=1), STREAM, "reset_after_head", (502, "upstream_truncated")),
     (Fault("cut", after_events=1), STREAM, "no_finish_reason", (502, "upstream_truncated")),
     (Fault("hang"), UNARY, "unary_timeout", (504, "first_token_timeout")),
     (Fault("hang", after_events=1), UNARY, "unary_timeout", (504, "first_token_timeout")),
@@ -47,7 +47,7 @@ BEFORE_COMMIT = [
 ]
 # The same for a stream of which the client has seen something.
 AFTER_COMMIT = [
-    (Fault("reset", after_events=3), "truncated", "upstream_truncated"),
+    (Fault("reset", after_events=3), "reset_after_head", "upstream_truncated"),
     (Fault("close", after_events=3), "truncated", "upstream_truncated"),
     (Fault("cut", after_events=3), "no_finish_reason", "upstream_truncated"),
     (Fault("no_finish"), "no_finish_reason", "upstream_truncated"),
@@ -55,7 +55,7 @@ AFTER_COMMIT = [
     (Fault("hang", after_events=3), "idle_timeout", "upstream_truncated"),
     (Fault("bad_chunk", after_events=3), "bad_framing", "upstream_bad_answer"),
     (Fault("error_event", after_events=3), "stream_error", "upstream_bad_answer"),
-    (Fault("die", after_events=3), "truncated", "upstream_truncated"),
+    (Fault("die", after_events=3), "reset_after_head", "upstream_truncated"),
 ]
 
 

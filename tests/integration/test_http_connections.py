@@ -69,6 +69,29 @@ async def test_many_pipelined_requests_beyond_the_buffer_are_all_answered_in_ord
     assert [request.json()["messages"][0]["content"] for request in node.requests] == texts
 
 
+@pytest.mark.parametrize("late", [1, 3, 200])
+async def test_answers_from_memory_do_not_strand_what_was_pipelined_behind_them(
+    balancer: Balancer, node: FakeNode, late: int
+) -> None:
+    await ask(balancer, chat("stored"))
+    hang = node.faults.add(Fault("hang", body_has="first"))
+    wire = await Wire.to(balancer)
+    wire.send(post(chat("first")) + post(chat("stored")) + get("/healthz"))
+    await node.wait_for(lambda: hang.hits == 1)
+    for number in range(late):  # these come in reads of their own
+        wire.send(post(chat("stored" if number % 2 else f"late {number}")))
+    await ask(balancer, chat("meanwhile"))
+    node.faults.release()
+    answers = [await wire.answer() for _ in range(late + 3)]
+    assert [answer.status for answer in answers] == [200] * (late + 3)
+    asked = ["first", "stored", "", *("stored" if number % 2 else f"late {number}" for number in range(late))]
+    said = [
+        answer.json["choices"][0]["message"]["content"] if text else ""
+        for text, answer in zip(asked, answers, strict=True)
+    ]
+    assert said == [text and node.expected_text(chat(text)) for text in asked]
+
+
 async def test_a_half_close_counts_as_leaving(balancer: Balancer, node: FakeNode) -> None:
     node.faults.add(Fault("hang"))
     wire = await Wire.to(balancer)
@@ -92,6 +115,21 @@ async def test_100_continue_comes_before_the_body_and_once(balancer: Balancer, n
     answer = await wire.answer()
     assert (answer.status, answer.interim) == (200, [])
     assert node.requests[0].header("expect") is None
+
+
+async def test_100_continue_comes_when_it_is_the_requests_turn(balancer: Balancer, node: FakeNode) -> None:
+    hang = node.faults.add(Fault("hang", first=1))
+    wire = await Wire.to(balancer)
+    second = post(chat("second"), CHAT, "Expect: 100-continue")
+    size = len(json.dumps(chat("second")))
+    wire.send(post(chat("first")) + second[:-size])
+    await node.wait_for(lambda: hang.hits == 1)
+    node.faults.release()
+    first = await wire.answer()
+    assert (first.status, first.interim) == (200, [])
+    assert await wire.interim() == 100
+    wire.send(second[-size:])
+    assert (await wire.answer()).status == 200
 
 
 @pytest.mark.parametrize(
@@ -179,6 +217,20 @@ async def test_a_head_that_drips_is_408_on_a_kept_connection_too(node: FakeNode,
         wire.send(b"x")  # never a pause
         await asyncio.wait([answering], timeout=0.01)
     assert (answering.result().status, answering.result().code) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize("part", [20, -5], ids=["head", "body"])
+async def test_half_a_request_behind_another_is_408_as_well(node: FakeNode, serve: Serve, part: int) -> None:
+    balancer = await serve(node, limits={"head_timeout_s": 0.3, "body_idle_s": 0.3})
+    hang = node.faults.add(Fault("hang", first=1))
+    wire = await Wire.to(balancer)
+    wire.send(post(chat("first")) + post(chat("second"))[:part])
+    await node.wait_for(lambda: hang.hits == 1)
+    node.faults.release()
+    assert (await wire.answer()).status == 200
+    late = await wire.answer()
+    assert (late.status, late.code) == (408, "request_timeout")
+    assert len(node.requests) == 1
 
 
 async def test_a_connection_that_says_nothing_is_closed(node: FakeNode, serve: Serve) -> None:

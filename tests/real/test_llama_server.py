@@ -25,7 +25,7 @@ TOKENS = 600
 AGENT = {"NODE_AGENT_GPU__ENABLED": "false", "NODE_AGENT_INTERVAL_S": "0.1"}
 QUICK_AGENTS = {"interval_s": 0.1}
 # A machine that is busy with other tests makes a real engine slow, which is not what is tested.
-PATIENT = {"first_byte_s": 30.0, "unary_s": 30.0, "idle_s": 30.0}
+PATIENT = {"timeouts": {"first_byte_s": 30.0, "unary_s": 30.0, "idle_s": 30.0}, "health": {"timeout_s": 10.0}}
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ async def balancing(engines: tuple[Engine, Engine], **settings: Any) -> AsyncIte
         for id_, served in zip("ab", engines, strict=True):
             agent_url = await stack.enter_async_context(agent_of(served, id_))
             nodes.append({"id": id_, "url": served.url, "agent": agent_url})
-        balancer = await stack.enter_async_context(running(*nodes, agents=QUICK_AGENTS, timeouts=PATIENT, **settings))
+        balancer = await stack.enter_async_context(running(*nodes, agents=QUICK_AGENTS, **PATIENT, **settings))
         await balancer.wait_for(lambda: all(is_known(balancer, id_) for id_ in "ab"))
         yield balancer, await stack.enter_async_context(client_of(balancer.url))
 

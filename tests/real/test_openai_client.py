@@ -24,6 +24,8 @@ CHAT: Mapping[str, Any] = {
     "max_tokens": 12,
     "temperature": 0,
 }
+# The client builds its types when they are first needed, and holds this process up meanwhile, balancer and all.
+PATIENT = {"timeout_s": 10.0}
 Connect = Callable[..., Awaitable[Any]]
 
 
@@ -44,7 +46,8 @@ async def connect(openai: Any, node: FakeNode) -> AsyncIterator[Connect]:
     async with AsyncExitStack() as stack:
 
         async def to(served: FakeNode = node, *, api_key: str = "none", **settings: Any) -> Any:
-            balancer = await stack.enter_async_context(running({"url": served.url, "models": [MODEL]}, **settings))
+            node_settings = {"url": served.url, "models": [MODEL]}
+            balancer = await stack.enter_async_context(running(node_settings, health=PATIENT, **settings))
             client = openai.AsyncOpenAI(base_url=f"{balancer.url}/v1", api_key=api_key, max_retries=0)
             return await stack.enter_async_context(client)
 
