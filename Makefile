@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check format imports test demo bench load helm-lint clean
+.PHONY: setup check format imports test demo bench sim sim-full load helm-lint clean
 
 setup: .venv/.ready
 
@@ -37,6 +37,13 @@ demo: setup
 bench: setup
 	$(BIN)/python -m loadtest.bench
 
+sim: setup ## the standard table of the simulator: every policy on every row, with its bounds
+	$(BIN)/python -m loadtest.sim.standard
+
+sim-full: setup ## everything, on whole traces: make sim-full MOONCAKE=FILE CONV=FILE CODE=FILE
+	$(BIN)/python -m loadtest.sim.standard --full $(if $(MOONCAKE),--mooncake $(MOONCAKE)) \
+		$(if $(CONV),--conv $(CONV)) $(if $(CODE),--code $(CODE))
+
 load: setup ## locust against a running balancer: make load HOST=http://127.0.0.1:8080
 	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(or $(HOST),http://127.0.0.1:8080) \
 		--users $(or $(USERS),20) --run-time $(or $(TIME),1m)
@@ -45,4 +52,4 @@ helm-lint: setup
 	$(BIN)/python -m pytest -q tests/helm
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results .parts

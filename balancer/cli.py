@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a subcommand; the exit status is 0, 1 (could not start), or 2 (wrong usage or settings)."""
-    args = _parser().parse_args(argv)
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.run is not _simulate:
+        _parser().parse_args(argv)  # says what is wrong and exits
+    args.rest = rest
     args.run(args)
 
 
@@ -44,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check-config", help="validate a settings file and print what is in force")
     check.add_argument("file", metavar="FILE")
     check.set_defaults(run=_check_config)
+
+    simulate = commands.add_parser(
+        "simulate", add_help=False, help="replay a trace on simulated engines: which policy, how many GPUs"
+    )
+    simulate.set_defaults(run=_simulate)
 
     new_key = commands.add_parser("new-key", help="make an API key")
     new_key.add_argument("--tenant", required=True, metavar="NAME")
@@ -155,6 +163,12 @@ def _new_key(args: argparse.Namespace) -> None:
     print(f"key:      {key}")
     print(f'settings: - {{tenant: {args.tenant}, sha256: "{digest}"}}')
     print("The key is shown once; the settings (auth.keys) hold only its hash.", file=sys.stderr)
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from loadtest.sim.command import main as simulate
+
+    sys.exit(simulate(args.rest))
 
 
 def _demo(args: argparse.Namespace) -> None:

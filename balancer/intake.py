@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -197,6 +198,8 @@ class Intake:
         kind = inbound.headers.get(b"content-type", b"")
         if media_type(kind) != b"multipart/form-data":
             raise BadRequest("the body must be multipart/form-data", param="content-type")
+        if repeated_field(inbound.body, kind, "model"):
+            raise BadRequest("the form has more than one model", param="model")
         fields = form_fields(inbound.body[:MULTIPART_HEAD_BYTES], kind)
         return fields.get("model"), fields.get("stream", "").lower() in ("true", "1")
 
@@ -246,19 +249,29 @@ class Intake:
 
 def form_fields(data: bytes, content_type: bytes) -> dict[str, str]:
     """The short text fields of a multipart/form-data body's beginning; parts with a file name are passed over."""
-    return {name: data[start:end].decode("utf-8", "replace") for name, start, end in _fields(data, content_type)}
+    return {
+        name: data[start:end].decode("utf-8", "replace")
+        for name, start, end, is_file in _parts(data, content_type)
+        if not is_file
+    }
 
 
 def with_field(body: bytes, content_type: bytes, wanted: str, value: str) -> bytes:
     """The body with another value in one text field; every other byte stays."""
-    for name, start, end in _fields(body[:MULTIPART_HEAD_BYTES], content_type):
-        if name == wanted:
+    for name, start, end, is_file in _parts(body[:MULTIPART_HEAD_BYTES], content_type):
+        if name == wanted and not is_file:
             return body[:start] + value.encode() + body[end:]
     return body
 
 
-def _fields(data: bytes, content_type: bytes) -> Iterator[tuple[str, int, int]]:
-    """The text fields of a form: name, and where the value begins and ends."""
+def repeated_field(body: bytes, content_type: bytes, wanted: str) -> bool:
+    """Whether a form's field could be read in two ways: it is there twice, as a file, or behind the beginning."""
+    found = [(start, is_file) for name, start, _, is_file in _parts(body, content_type) if name == wanted]
+    return len(found) > 1 or any(is_file or start > MULTIPART_HEAD_BYTES for start, is_file in found)
+
+
+def _parts(data: bytes, content_type: bytes) -> Iterator[tuple[str, int, int, bool]]:
+    """The parts of a form: name, where the value begins and ends, and whether it has a file name."""
     boundary = b""
     for parameter in content_type.split(b";")[1:]:
         name, _, value = parameter.strip().partition(b"=")
@@ -271,19 +284,18 @@ def _fields(data: bytes, content_type: bytes) -> Iterator[tuple[str, int, int]]:
     while start >= 0:
         start += len(mark)
         end = data.find(b"\r\n" + mark, start)
-        head_end = data.find(b"\r\n\r\n", start, end)
         if end < 0:
             return
-        if head_end >= 0 and (field := _field_name(data[start:head_end])) is not None:
-            yield field, head_end + 4, end
+        head_end = data.find(b"\r\n\r\n", start, end)
+        disposition = _DISPOSITION.search(data, start, head_end + 2) if head_end >= 0 else None
+        if disposition is not None and (field := _FIELD_NAME.search(disposition[1])) is not None:
+            wanted = (field[1] or field[2] or b"").decode("utf-8", "replace")
+            yield wanted, head_end + 4, end, b"filename" in disposition[1].lower()
         start = end + 2
 
 
-def _field_name(head: bytes) -> str | None:
-    for line in head.split(b"\r\n"):
-        if line.lower().startswith(b"content-disposition:") and b"filename" not in line and b'name="' in line:
-            return line.split(b'name="', 1)[1].split(b'"', 1)[0].decode("utf-8", "replace")
-    return None
+_DISPOSITION = re.compile(rb"\r\ncontent-disposition:([^\r\n]*)\r\n", re.IGNORECASE)
+_FIELD_NAME = re.compile(rb';\s*name\s*=\s*(?:"([^"]*)"|([^;\s]+))', re.IGNORECASE)
 
 
 def _seconds(headers: Mapping[bytes, bytes], name: bytes) -> float | None:

@@ -39,8 +39,9 @@ class CostPolicy:
     """How the predicted cost is put together. None of the weights is sensitive: each may halve or double."""
 
     # Share of the decode time that counts. Without it a slow GPU with an empty queue looks attractive: the P99 of the
-    # whole time goes from 17 s to 39 s on a mixed fleet. All of it would trade first tokens for it.
-    decode: NonNegative = 0.4
+    # whole time goes from 17 s to 39 s on a mixed fleet. 0.4 was too much in the simulator: a node's seen time per
+    # token grows with its context partly because prefill runs between, which is priced already (docs/routing.md).
+    decode: NonNegative = 0.1
     # Seconds each second of prefill costs the streams decoding there: an eager share, and so much for each of them.
     interference: NonNegative = 2.0
     interference_base: NonNegative = 0.3
@@ -52,8 +53,9 @@ class CostPolicy:
     kv_share: NonNegative = 0.85
     kv_pressure: NonNegative = 20.0
     # Seconds for a node that always fails. One that fails in 5 ms has the shortest queue: without this price a black
-    # hole draws everything, with it about 1 % of the attempts.
-    failure: NonNegative = 20.0
+    # hole draws everything, with it about 1 % of the attempts. Near load 20 s was too little: an empty queue is worth
+    # more than that to a fleet whose queues are long.
+    failure: NonNegative = 40.0
     # Nodes within this factor of the least cost are equal, and the one with the fewest requests gets it: predictions
     # are no better than that, and an even count hedges against them.
     tie_ratio: Annotated[float, Field(ge=1)] = 1.03

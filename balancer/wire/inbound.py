@@ -268,16 +268,23 @@ class InboundConnection(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """Take up what waits, unless the client has to read first what it was sent."""
-        if self._working is not None or self._write_paused:
-            return
-        if self._ready:
+        if self._ready and self._is_free:
             self._start(self._ready.popleft())
-        elif self._backlog:
+        if self._backlog and not self._ready and self._is_free:
             data, self._backlog = self._backlog, b""
             self._feed(data)
         if self._paused_reading and not self._backlog and self._transport is not None:
             self._paused_reading = False
             self._transport.resume_reading()
+        receiving = self._receiving
+        if receiving is not None and self._is_free:
+            if self._accepted and self._expects and not receiving.buffered_bytes:
+                self.write(CONTINUE)
+            self._watch_receiving(receiving, 0)  # its time counts again
+
+    @property
+    def _is_free(self) -> bool:
+        return self._working is None and not self._write_paused and not self._closing
 
     def _done(self, request: InboundRequest) -> bool:
         """Put a finished request away; False where the connection ends with it."""

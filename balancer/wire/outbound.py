@@ -181,6 +181,7 @@ class NodeConnection(asyncio.Protocol):
         answer = self._answer
         self._status = status = self._parser.get_status_code()
         if answer is None or status < 200:
+            self._memo_key = None  # it was the key of this head, not of the final one
             return
         self._body_begun = True
         length: int | None = None

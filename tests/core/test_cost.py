@@ -69,7 +69,7 @@ def test_an_idle_node_costs_its_prefill_and_what_it_takes_from_others() -> None:
     assert price("backlog", books) == 0.0
     assert price("prefill", books) == pytest.approx(1.0)
     assert price("interference", books) == pytest.approx(2.0 * 1.0 * 0.3)
-    assert price("decode", books) == pytest.approx(0.4 * 100 * 0.025)
+    assert price("decode", books) == pytest.approx(0.1 * 100 * 0.025)
     assert [price(name, books) for name in ("waste", "slots", "kv_pressure", "failure")] == [0.0] * 4
 
 
@@ -124,12 +124,12 @@ def test_kv_pressure_begins_at_85_percent() -> None:
     assert price("kv_pressure", books) == pytest.approx(20 * 0.1)
 
 
-def test_a_failure_costs_six_seconds_and_fades() -> None:
+def test_a_failure_costs_twelve_seconds_and_fades() -> None:
     books = Books()
     books.failed(books.dispatched(Work(prompt_tokens=1), 0, 0.0), 0.0)
 
-    assert price("failure", books, 0.0) == pytest.approx(6.0)
-    assert price("failure", books, FAILURE_DECAY_S) == pytest.approx(6.0 / math.e)
+    assert price("failure", books, 0.0) == pytest.approx(12.0)
+    assert price("failure", books, FAILURE_DECAY_S) == pytest.approx(12.0 / math.e)
 
 
 def test_work_without_generation_has_no_decode_price() -> None:

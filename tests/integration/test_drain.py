@@ -19,6 +19,7 @@ from tests.process import BalancerProcess, serving
 
 # So long that a test which waits for it has failed.
 LONG_S = 1000.0
+PATIENT = {"health": {"timeout_s": 30.0}, "cache": {"enabled": False}}
 STREAM = chat("a long story", stream=True)
 
 
@@ -26,7 +27,7 @@ STREAM = chat("a long story", stream=True)
 async def draining(**timeouts: Any) -> AsyncIterator[tuple[FakeNode, BalancerProcess, Client]]:
     """A node and a balancer process in front of it."""
     async with paced_node() as node:
-        settings = {"nodes": fleet(node, max_in_flight=8), "cache": {"enabled": False}, "timeouts": timeouts}
+        settings = {"nodes": fleet(node, max_in_flight=8), "timeouts": timeouts, **PATIENT}
         async with serving(settings) as balancer, client_of(balancer.url) as client:
             yield node, balancer, client
 

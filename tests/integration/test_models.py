@@ -183,21 +183,23 @@ async def test_an_alias_in_an_upload_is_replaced(node: FakeNode, serve: Serve) -
     assert node.requests[0].body == parts % (b'model"', MODEL.encode()) + file + b"--B--\r\n"
 
 
-@pytest.mark.parametrize("quoted", [True, False])
+@pytest.mark.parametrize("quote", ['"', ""], ids=["quoted", "bare"])
 @pytest.mark.parametrize("size", [10, 100_000])
-@pytest.mark.parametrize("order", [(MODEL, "other"), ("other", MODEL)])
+@pytest.mark.parametrize("names", [(MODEL, SLASHED), (SLASHED, MODEL)])
 async def test_an_upload_that_names_two_models_is_refused(
-    node: FakeNode, serve: Serve, order: tuple[str, str], size: int, quoted: bool
+    second: FakeNode, serve: Serve, names: tuple[str, str], size: int, quote: str
 ) -> None:
-    balancer = await serve({"url": node.url, "models": [MODEL, "other"]}, **allowed(MODEL))
-    quote = '"' if quoted else ""
-    parts = [f'form-data; name="model"\r\n\r\n{order[0]}', f'form-data; name="file"; filename="f"\r\n\r\n{"x" * size}']
-    parts.append(f"form-data; name={quote}model{quote}\r\n\r\n{order[1]}")
-    body = "".join(f"--B\r\nContent-Disposition: {part}\r\n" for part in parts) + "--B--\r\n"
+    balancer = await serve({"url": second.url, "models": [MODEL, SLASHED]}, **allowed(MODEL))
+    parts = [
+        f'name="model"\r\n\r\n{names[0]}',
+        f'name="file"; filename="f"\r\n\r\n{"x" * size}',
+        f"name={quote}model{quote}\r\n\r\n{names[1]}",
+    ]
+    body = "".join(f"--B\r\nContent-Disposition: form-data; {part}\r\n" for part in parts) + "--B--\r\n"
     lines = ("Content-Type: multipart/form-data; boundary=B", "Authorization: Bearer k")
     answer = await ask(balancer, body.encode(), "/v1/audio/transcriptions", *lines)
     assert answer.status in (400, 403)
-    assert node.requests == []
+    assert second.requests == []
 
 
 # -- no model

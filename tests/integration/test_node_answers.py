@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
 from tests.harness import Balancer
 from tests.integration.conftest import Serve
-from tests.integration.raw_http import CHAT, MODEL, Wire, ask, chat, chunked
+from tests.integration.raw_http import CHAT, MODEL, Wire, ask, chat, chunked, post
 from tests.integration.scripted_node import ScriptedNode, ok, stream_head, streamed
 
 GOOD: dict[str, Any] = {"id": "x", "object": "chat.completion", "choices": []}
@@ -223,35 +224,44 @@ async def test_what_a_node_says_unasked_is_nobodys_answer(
 
 
 @asynccontextmanager
-async def impatient(answer: bytes, heads: list[bytes]) -> AsyncIterator[str]:
-    """A node that answers a request as soon as it has the head, and reads nothing more from that connection."""
-    never = asyncio.Event()
-    connections: list[asyncio.StreamWriter] = []
+async def serving(serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
+    """A node that does with each connection what it likes."""
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(writer)
-        head = await reader.readuntil(b"\r\n\r\n")
-        if head.startswith(b"POST"):
-            heads.append(head)
-            writer.write(answer)
-            await never.wait()
-        writer.write(ok({}, "connection: close"))
-        writer.close()
+    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.transport.abort()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=65536)
+    server = await asyncio.start_server(run, "127.0.0.1", 0, limit=65536)
     try:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
-        never.set()
-        for writer in connections:
-            writer.transport.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_a_connection_that_answered_before_it_was_asked_in_full_is_not_used_again(serve: Serve) -> None:
     heads: list[bytes] = []
-    refusal = ok({"error": "too long"}, status="413 Content Too Large")
-    async with impatient(refusal, heads) as url:
+
+    async def impatient(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"POST"):
+            heads.append(head)
+            writer.write(ok({"error": "too long"}, status="413 Content Too Large"))
+            await asyncio.Event().wait()  # and reads nothing more
+        writer.write(ok({}, "connection: close"))
+        await writer.drain()
+
+    async with serving(impatient) as url:
         balancer = await serve({"url": url, "models": [MODEL]}, timeouts={"unary_s": 2.0})
         answers = [await ask(balancer, chat("x" * 8_000_000 if number == 0 else "y")) for number in range(2)]
         assert [answer.status for answer in answers] == [413, 413]
@@ -266,3 +276,29 @@ async def test_a_connection_that_failed_is_not_used_again(balancer: Balancer, no
         node.faults.clear()
         answer = await ask(balancer, chat(fault.kind), CHAT, "X-Balancer-Cache: bypass")
         assert answer.json["choices"][0]["message"]["content"] == node.expected_text(chat(fault.kind))
+
+
+async def test_a_1xx_on_its_own_is_never_taken_for_an_answer(serve: Serve, node: FakeNode) -> None:
+    may_answer = asyncio.Semaphore(0)
+    numbers = count()
+
+    async def hinting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            if head.startswith(b"POST"):
+                await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r")[0]))
+                number = next(numbers)
+                writer.write(b"HTTP/1.1 103 Early Hints\r\nContent-Length: 0\r\n\r\n")
+                await may_answer.acquire()
+                writer.write(ok({"number": number}))
+            else:
+                writer.write(ok({}))
+
+    async with serving(hinting) as url:
+        balancer = await serve({"url": url, "models": [MODEL]}, {"url": node.url, "models": ["other"]})
+        for number in range(4):
+            wire = await Wire.to(balancer)
+            wire.send(post(chat(str(number))))
+            for other in range(3):  # what was to come has come by then
+                await ask(balancer, {**chat(f"{number} {other}"), "model": "other"})
+            may_answer.release()
+            assert (await wire.answer()).json == {"number": number}

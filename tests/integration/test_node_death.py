@@ -48,7 +48,7 @@ async def test_started_with_three_of_four_nodes_dead_nothing_is_lost(settings: A
 async def test_models_are_known_from_the_one_node_that_lives() -> None:
     async with FakeNode(instant=True) as alive:
         urls = [dead_url(), alive.url, dead_url(), dead_url()]
-        async with running(*urls, retry=NO_RETRIES) as balancer, client_of(balancer.url) as client:
+        async with running(*urls, retry=NO_RETRIES, **QUICK_CHECKS) as balancer, client_of(balancer.url) as client:
             assert all(reply.is_whole for reply in await client.many(20))
             await balancer.wait_for(lambda: "sim-model" in balancer.app.registry.models())
             listed = (await client.get("/v1/models")).json
@@ -192,7 +192,7 @@ async def test_kill_9_of_a_node_loses_no_request_that_had_not_begun_to_answer() 
     async with AsyncExitStack() as stack:
         started = await asyncio.gather(*(stack.enter_async_context(node_process(*spec)) for _ in range(3)))
         nodes = fleet(*(url for _, url in started), weight=1.0)
-        balancer = await stack.enter_async_context(running(*nodes, cache={"enabled": False}))
+        balancer = await stack.enter_async_context(running(*nodes, **QUICK_CHECKS))
         client = await stack.enter_async_context(client_of(balancer.url))
         victim, replies = started[0][0], list[Reply]()
         async with asyncio.TaskGroup() as load:

@@ -170,7 +170,7 @@ async def test_a_client_that_leaves_the_queue_is_passed_over() -> None:
 
 
 async def test_who_waits_for_a_node_that_dies_is_not_left_waiting() -> None:
-    async with one_slot(health={"interval_s": 0.05, "fall": 1}) as (node, balancer, client):
+    async with one_slot(health={"interval_s": 0.05, "timeout_s": 10.0, "fall": 1}) as (node, balancer, client):
         begun = [await take_the_slot(node, client), *await line_up(balancer, client, "a", "b")]
         node.die()
         replies = [await reply for reply in begun]

@@ -17,6 +17,7 @@ from tests.harness import QUIET, Balancer, running
 from tests.process import serving
 
 STREAM = chat("a long story", stream=True)
+PATIENT = {"health": {"timeout_s": 30.0}, "cache": {"enabled": False}}
 GOOD = 'nodes: [{url: "http://127.0.0.1:1"}]\n'
 WRONG = [
     ("nodes: [", "not YAML"),
@@ -46,7 +47,7 @@ async def reload(balancer: Balancer, **changes: Any) -> list[str]:
 
 async def test_sighup_adds_and_removes_nodes_and_keys_and_drops_nothing() -> None:
     async with paced_node() as old, FakeNode(instant=True) as new:
-        settings = {"nodes": fleet(old), "cache": {"enabled": False}, "auth": {"keys": [key_of("acme")]}}
+        settings = {"nodes": fleet(old), **PATIENT, "auth": {"keys": [key_of("acme")]}}
         async with serving(settings) as balancer, client_of(balancer.url) as client:
             assert (await client.post(chat(), headers=bearer("acme"))).node == "a"
             assert (await client.post(chat(), headers=bearer("new"))).code == "unauthenticated"
@@ -55,7 +56,7 @@ async def test_sighup_adds_and_removes_nodes_and_keys_and_drops_nothing() -> Non
             await old.wait_for(lambda: old.in_flight == 1)
             seen = len(old.requests)
             listen = {name: getattr(balancer, name).removeprefix("http://") for name in ("url", "ops_url")}
-            here = {"listen": listen["url"], "ops_listen": listen["ops_url"], "cache": {"enabled": False}}
+            here = {"listen": listen["url"], "ops_listen": listen["ops_url"], **PATIENT}
             await balancer.reload({**here, "nodes": fleet(new, id="b"), "auth": {"keys": [key_of("new")]}})
             replies = [await client.post(chat(f"{number}"), headers=bearer("new")) for number in range(10)]
             assert {reply.node for reply in replies} == {"b"}
@@ -70,7 +71,7 @@ async def test_sighup_adds_and_removes_nodes_and_keys_and_drops_nothing() -> Non
 
 async def test_sighup_with_a_wrong_file_changes_nothing_and_is_logged() -> None:
     async with FakeNode(instant=True) as node:
-        settings = {"nodes": fleet(node), "auth": {"keys": [key_of("acme")]}}
+        settings = {"nodes": fleet(node), **PATIENT, "auth": {"keys": [key_of("acme")]}}
         async with serving(settings) as balancer, client_of(balancer.url) as client:
             for number, (text, reason) in enumerate(WRONG, 1):
                 balancer.write_settings(text)
