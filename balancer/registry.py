@@ -16,9 +16,9 @@ from balancer.log import get_logger
 from balancer.metrics import Metrics
 from balancer.settings import node_id
 
-# A node that says 429 or 503 without a Retry-After is left alone this long; with one, never longer than the second.
+# A node that says 429 or 503 without a Retry-After rests this long; with one, for what it says, up to the second.
 DEFAULT_REST_S = 1.0
-MAX_REST_S = 60.0
+MAX_REST_S = 3600.0
 
 log = get_logger()
 

@@ -78,6 +78,9 @@ class StreamScanner:
 
     __slots__ = ("_part", "_tail", "content", "events", "good_end", "message", "outcome", "usage", "withheld")
 
+    # How one event ends in which nothing remarkable can be: most reads of a stream are known by it alone.
+    ordinary_end = b"\0"  # no event ends so
+
     def __init__(self) -> None:
         self.content = False  # the first content event has passed
         self.good_end = False
@@ -102,6 +105,9 @@ class StreamScanner:
             self._tail = b""
         if self._part is not None:
             return self._pass_part(data)
+        if self.content and data.endswith(self.ordinary_end) and data.find(b"\n\n") == len(data) - 2:
+            self.events += 1
+            return data
         if not data.endswith(_ENDS):
             end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
             end = end if end > 2 else 0  # not found is -1
@@ -223,6 +229,10 @@ class OpenAIScanner(StreamScanner):
     """Chat and completions: `finish_reason` for each of n choices, then `[DONE]`."""
 
     __slots__ = ("_choices", "_finished", "_withhold_usage")
+
+    # As vLLM and SGLang write it. Its choices are not finished, so no usage that counts is in it: that comes with or
+    # behind the last finish.
+    ordinary_end = b'"finish_reason":null}]}\n\n'
 
     def __init__(self, choices: int, *, withhold_usage: bool) -> None:
         super().__init__()
