@@ -56,8 +56,10 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A tenant's limits, with the defaults filled in; None is unlimited."""
+    """A tenant's limits, with the defaults filled in; None is unlimited. And what its buckets are called."""
 
+    requests_name: str
+    tokens_name: str
     requests_per_s: float | None
     burst: float
     tokens_per_s: float | None
@@ -146,7 +148,7 @@ class Admission:
         if rates is not None and rates.tokens_per_s is not None:
             difference = prompt + completion - admitted.charged_tokens
             self._store.charge(
-                limit_name(request.tenant.id, "tokens"),
+                rates.tokens_name,
                 rate_per_s=rates.tokens_per_s,
                 burst=rates.tokens_per_s * 60.0,
                 cost=difference,
@@ -160,6 +162,8 @@ class Admission:
         per_s = per_minute / 60.0 if per_minute is not None else None
         burst = tenant.burst or (self._limits.burst if tenant.requests_per_minute is None else None)
         rates = Rates(
+            requests_name=limit_name(tenant.id),
+            tokens_name=limit_name(tenant.id, "tokens"),
             requests_per_s=per_s,
             burst=burst or max(1.0, (per_s or 0.0) * DEFAULT_BURST_S),
             tokens_per_s=tokens / 60.0 if tokens is not None else None,
@@ -169,17 +173,16 @@ class Admission:
         return rates
 
     async def _limit(self, request: InferenceRequest, rates: Rates, admitted: Admitted) -> None:
-        tenant = request.tenant.id
         if rates.requests_per_s is not None:
-            taken = await self._take(limit_name(tenant), rates.requests_per_s, rates.burst, 1.0)
-            admitted.lines = _lines(b"Requests", rates.burst, taken)
+            taken = await self._take(rates.requests_name, rates.requests_per_s, rates.burst, 1.0)
+            admitted.lines = _lines(_REQUEST_LINES, rates.burst, taken)
             if taken.wait_s > 0.0:
                 raise self._limited("requests", taken.wait_s, admitted.lines)
         if rates.tokens_per_s is not None:
             burst = rates.tokens_per_s * 60.0
             cost = min(burst, request.prompt_tokens() + request.max_tokens())
-            taken = await self._take(limit_name(tenant, "tokens"), rates.tokens_per_s, burst, cost)
-            admitted.lines += _lines(b"Tokens", burst, taken)
+            taken = await self._take(rates.tokens_name, rates.tokens_per_s, burst, cost)
+            admitted.lines += _lines(_TOKEN_LINES, burst, taken)
             if taken.wait_s > 0.0:
                 raise self._limited("tokens", taken.wait_s, admitted.lines)
             admitted.charged_tokens = cost
@@ -292,13 +295,11 @@ class Admission:
                 waiter.set_result(taken)
 
 
-def _lines(kind: bytes, limit: float, taken: Taken) -> bytes:
+_LINES = "x-ratelimit-limit-{0}: %d\r\nx-ratelimit-remaining-{0}: %d\r\nx-ratelimit-reset-{0}: %b\r\n"
+_REQUEST_LINES = _LINES.format("requests").encode()
+_TOKEN_LINES = _LINES.format("tokens").encode()
+
+
+def _lines(form: bytes, limit: float, taken: Taken) -> bytes:
     """X-RateLimit headers as OpenAI sends them."""
-    return b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-        kind.lower(),
-        int(limit),
-        kind.lower(),
-        max(0, int(taken.remaining)),
-        kind.lower(),
-        f"{taken.reset_s:.3g}s".encode(),
-    )
+    return form % (limit, max(0, int(taken.remaining)), b"%.3gs" % taken.reset_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import pairwise
@@ -500,7 +501,7 @@ def retry_after_s(value: bytes | None, wall_s: float) -> float | None:
     text = value.decode("latin-1").strip()
     try:
         if text[:1].isdigit():
-            return max(0.0, float(text))
+            return float(text) if math.isfinite(float(text)) else None
         return max(0.0, parsedate_to_datetime(text).timestamp() - wall_s)
     except (ValueError, TypeError):
         return None

@@ -71,7 +71,7 @@ class ClientStream:
     def write(self, data: bytes) -> None:
         """One read of the node's, written on at once."""
         if self._chunked:
-            self._inbound.write_chunk(data)
+            self._inbound.connection.write(b"%x\r\n%b\r\n" % (len(data), data))  # a chunk, in one call
         else:
             self._inbound.write(data)
 

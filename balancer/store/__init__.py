@@ -9,7 +9,7 @@ from typing import Protocol
 MAX_TTL_S = 365 * 86400.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Taken:
     """What became of one request for tokens from a bucket."""
 

@@ -109,10 +109,6 @@ class InboundRequest:
         """More body, framed by a length that the head announced."""
         self.connection.write(data)
 
-    def write_chunk(self, data: bytes) -> None:
-        """More of a chunked body; one write."""
-        self.connection.write(chunk(data))
-
     def end_chunks(self) -> None:
         """The end of a chunked body."""
         self.connection.write(CHUNK_END)
