@@ -595,6 +595,8 @@ class InboundConnection(asyncio.Protocol):
 
     def _refuse(self, error: BalancerError) -> None:
         """Answer with an error in its turn, then close: what follows on this connection cannot be trusted."""
+        if self._refused:
+            return  # once is enough: llhttp goes on with the rest of the same read
         request = self._receiving or InboundRequest(self, self._now(), is_first=self._is_fresh)
         self._receiving = None
         self._refused = True

@@ -107,7 +107,7 @@ def client_bytes(draw: st.DrawFn) -> bytes:
     return data
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(client_bytes(), st.lists(st.integers(0, 200), max_size=6))
 def test_any_bytes_in_any_pieces_are_read_alike_and_break_nothing(data: bytes, cuts: list[int]) -> None:
     ends = sorted({min(cut, len(data)) for cut in cuts} | {len(data)})
@@ -115,3 +115,8 @@ def test_any_bytes_in_any_pieces_are_read_alike_and_break_nothing(data: bytes, c
     whole, split = read([data]), read(parts)
     assert [seen for seen in split if len(seen) == 3] == [seen for seen in whole if len(seen) == 3]
     assert [seen[0] for seen in split if len(seen) == 2] == [seen[0] for seen in whole if len(seen) == 2]
+
+
+def test_a_request_is_refused_once_whatever_else_is_wrong_with_it() -> None:
+    twice_wrong = b"POST /b HTTP/1.1\r\nTransfer-Encoding: x\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n\r\n2\r\n"
+    assert [seen[0] for seen in read([twice_wrong])] == [400]
