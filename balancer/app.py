@@ -32,6 +32,7 @@ from balancer.server import DataPort
 from balancer.settings import Settings, SettingsError, masked
 from balancer.store import Store
 from balancer.store.memory import MemoryStore
+from balancer.verdicts import Verdicts
 from balancer.wire.answer import AnswerLimits
 from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundLimits
@@ -117,10 +118,18 @@ class App:
             metrics=self.metrics,
             clock=clock,
         )
+        self.verdicts = Verdicts(
+            registry=self.registry,
+            store=self.store,
+            metrics=self.metrics,
+            clock=clock,
+            verdict_s=settings.retry.verdict_s,
+        )
         self.attempts = Attempts(
             registry=self.registry,
             admission=self.admission,
             routing=routing_of(settings.routing),
+            verdicts=self.verdicts,
             retry=settings.retry,
             limits=_answer_limits(settings),
             connect_s=settings.timeouts.connect_s,
@@ -132,11 +141,11 @@ class App:
         )
         self._follow_fleet()
         date = DateHeader()
-        flights = Flights(self.admission, self.attempts, self.cache, clock)
+        flights = Flights(self.admission, self.attempts, self.cache)
         self.port = DataPort(
             address=settings.listen,
             intake=self.intake,
-            proxy=Proxy(cache=self.cache, flights=flights, clock=clock, date=date),
+            proxy=Proxy(cache=self.cache, verdicts=self.verdicts, flights=flights, clock=clock, date=date),
             journal=Journal(self.metrics, self.ring, self.registry, clock, self._write_event),
             registry=self.registry,
             limits=_inbound_limits(settings),
@@ -170,7 +179,12 @@ class App:
         """What agents say, and nodes' going, reach the routing in force."""
         attempts = self.attempts
         self.registry.on_report = lambda node, report, at_s, now: attempts.routing.reported(node, report, at_s, now)
-        self.registry.on_gone = lambda id_: attempts.routing.forget(id_)
+
+        def gone(id_: NodeId) -> None:
+            attempts.routing.forget(id_)
+            self.verdicts.forget(id_)
+
+        self.registry.on_gone = gone
 
     def _routing_of(self, old: Settings, new: Settings) -> Routing:
         """What was learned stays, unless another policy is asked for."""
@@ -296,6 +310,7 @@ class App:
         self.cache.configure(new.cache, self.intake.rules)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
         self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
+        self.verdicts.configure(new.retry.verdict_s)
         self.registry.configure(new.routing)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)

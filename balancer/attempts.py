@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
-from itertools import pairwise
 from random import Random
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -18,7 +17,7 @@ from balancer.clock import Clock
 from balancer.core.books import Sent
 from balancer.core.breaker import Permit
 from balancer.core.node import Node
-from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Outcome
+from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Fault, Outcome
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
@@ -38,6 +37,7 @@ from balancer.errors import (
 from balancer.explain import Call
 from balancer.metrics import Metrics
 from balancer.registry import Registry
+from balancer.verdicts import Verdicts
 from balancer.wire.answer import Answer, AnswerLimits
 from balancer.wire.outbound import ConnectFailed, NodeConnection, NodePool
 from balancer.wire.sse import StreamScanner, scanner_for
@@ -46,8 +46,6 @@ from balancer.wire.timers import TimerWheel
 # When no node may be asked, a client is told to come back after this long: health checks look every second.
 NO_NODE_RETRY_S = 1.0
 
-# A request on whose account this many nodes died or hung goes to no further one: it may be what kills them.
-POISON_DEATHS = 2
 # A misconfigured node's answers that a client may see, when every node says so. Not 401, 403 or 407: the key they
 # speak of is ours; and no redirect, which would name an inside address.
 SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
@@ -100,7 +98,7 @@ class Attempt:
 
     def first_token(self, now: float) -> None:
         """The first token of a stream came."""
-        self._attempts.routing.first_token(self.node, self.slot.sent, now)
+        self._attempts.first_token(self, now)
 
 
 class _NobodyLeft(BalancerError):
@@ -120,6 +118,7 @@ class Attempts:
         registry: Registry,
         admission: Admission,
         routing: Routing,
+        verdicts: Verdicts,
         retry: RetryPolicy,
         limits: AnswerLimits,
         connect_s: float,
@@ -132,6 +131,7 @@ class Attempts:
         self._registry = registry
         self._admission = admission
         self.routing = routing
+        self._verdicts = verdicts
         self._policy = retry
         self._limits = limits
         self._connect_s = connect_s
@@ -166,9 +166,16 @@ class Attempts:
             return attempt
         return await self._again(request, call, attempt)
 
-    def succeeded(self, now: float) -> None:
+    def forget_body(self, request: InferenceRequest) -> None:
+        """The request will not be sent again."""
+        self._verdicts.remember(request)
+        request.forget_body()
+
+    def succeeded(self, request: InferenceRequest) -> None:
         """A request was answered well: it earns its share of a retry."""
-        self._budget.succeeded(now)
+        self._budget.succeeded(self._clock.now())
+        if self._verdicts:
+            self._verdicts.answered(request)
 
     async def _again(self, request: InferenceRequest, call: Call, failed: Attempt) -> Attempt:
         plan = RetryPlan(self._policy, self._budget, self._rng, request.deadline_s)
@@ -199,13 +206,14 @@ class Attempts:
                 pass  # the last failure stands
         if last.outcome is Outcome.OK or last.outcome is Outcome.REQUEST_ERROR:
             return last
+        self._verdicts.judge(request)
         return self._passed_on(last, request, call)
 
     def _decide(self, plan: RetryPlan, attempt: Attempt, request: InferenceRequest) -> Retry | GiveUp:
         outcome = attempt.outcome
         if outcome.ruling.again is not Again.NEVER and not self._has_another(request):
             return GiveUp("no_node_left")
-        if deaths(attempt.call.attempts) >= POISON_DEATHS:
+        if self._verdicts.is_condemned(request):
             return GiveUp("poison")
         sent = attempt.connect_outcome is None
         decision = plan.next(outcome, self._clock.now(), replayable=request.replayable or not sent)
@@ -237,7 +245,7 @@ class Attempts:
             deadline_s=request.deadline_s,
         )
         attempt = Attempt(self, slot, answer, request, call, now)
-        if slot.sent is not None and request.stream:
+        if request.stream and (slot.sent is not None or request.account is not None):
             answer.on_first_token = attempt.first_token
         try:
             pool, credentials = self._pool(node)
@@ -260,6 +268,8 @@ class Attempts:
 
     async def _slot(self, request: InferenceRequest, call: Call, again_at: Node | None) -> Slot:
         """A node and the right to one attempt there; waits in the queue while every node left is full."""
+        if request.account is not None:
+            await self._verdicts.turn(request)
         taken = self._take(again_at, request, call, panic=False) if again_at is not None else None
         if taken is None and not (self._registry.is_bounded and self._admission.is_contended):
             taken = self._select(request, call)
@@ -275,6 +285,8 @@ class Attempts:
         now = self._clock.now()
         while True:
             candidates = self._registry.candidates(request.model, now)
+            if request.account is not None:
+                candidates = self._verdicts.apart(candidates, request, now)
             node = self.routing.pick(candidates, request, now, self._rng)
             if node is None:
                 if any(node.id not in request.tried for node in candidates.nodes):
@@ -290,10 +302,13 @@ class Attempts:
         if permit is None:
             return None
         call.panic = call.panic or panic
+        if request.account is not None:
+            self._verdicts.sent(request, node, now)
         return Slot(node, permit, self.routing.dispatched(node, request, now))
 
     def _unselect(self, request: InferenceRequest, slot: Slot) -> None:
         request.tried.discard(slot.node.id)
+        self._verdicts.left(request, slot.node)
         self.routing.ended(slot.node, slot.sent, request, Outcome.CLIENT_GONE, None, self._clock.now())
         self._registry.give_back(slot.node, slot.permit)
 
@@ -387,14 +402,27 @@ class Attempts:
         for _, pool, _ in self._pools.values():
             pool.close()
 
+    def first_token(self, attempt: Attempt, now: float) -> None:
+        """The first token of a stream came."""
+        self.routing.first_token(attempt.node, attempt.slot.sent, now)
+        if attempt.request.account is not None:
+            self._verdicts.left(attempt.request, attempt.node, alive=True)
+
     def settled(self, attempt: Attempt) -> None:
         """Count one attempt's end, for its node and for the metrics."""
         now = self._clock.now()
-        outcome, node, answer = attempt.outcome, attempt.node, attempt.answer
+        outcome, node, answer, request = attempt.outcome, attempt.node, attempt.answer, attempt.request
         self._registry.settle(node, attempt.slot.permit, outcome, now)
+        if outcome.ruling.fault is Fault.NODE:
+            before = attempt.call.attempts[-1][:2] if attempt.call.attempts else None
+            stale_before = before == (node.id, Outcome.STALE_CONNECTION.label)
+            permit, sent_s = attempt.slot.permit, attempt.started_s
+            self._verdicts.failed(request, node, permit, outcome, sent_s=sent_s, stale_before=stale_before)
+        if request.account is not None:
+            self._verdicts.left(request, node, alive=answer.first_byte_s > 0.0)
         if attempt.slot.sent is not None:
             used = (answer.usage.prompt, answer.usage.completion) if answer.usage is not None else None
-            self.routing.ended(node, attempt.slot.sent, attempt.request, outcome, used, now)
+            self.routing.ended(node, attempt.slot.sent, request, outcome, used, now)
         if answer.first_token_s:
             node.load.first_token(answer.first_token_s - answer.sent_s, now)
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)
@@ -441,29 +469,6 @@ def _credentials(node: Node) -> bytes:
     return b"authorization: Bearer %b\r\n" % key.encode() if key else b""
 
 
-def deaths(attempts: Sequence[tuple[str, str, float]]) -> int:
-    """On how many nodes an attempt ended with the node gone or hung after the request had been sent there.
-
-    A kept-alive connection that broke counts when the same node then refused a new one: it did not merely close.
-    """
-    count = sum(outcome in _DEATHS for _, outcome, _ in attempts)
-    for (node, outcome, _), (then, after, _) in pairwise(attempts):
-        count += node == then and outcome == _STALE and after in _REFUSALS
-    return count
-
-
-_STALE = Outcome.STALE_CONNECTION.label
-_DEATHS = frozenset(
-    outcome.label
-    for outcome in (
-        Outcome.RESET_BEFORE_HEAD,
-        Outcome.RESET_AFTER_HEAD,
-        Outcome.TRUNCATED,
-        Outcome.FIRST_BYTE_TIMEOUT,
-        Outcome.UNARY_TIMEOUT,
-        Outcome.IDLE_TIMEOUT,
-    )
-)
 _REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
 _TRUNCATIONS = frozenset(
     {

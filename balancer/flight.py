@@ -9,7 +9,6 @@ from __future__ import annotations
 from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
 from balancer.cache import Plan, ResponseCache
-from balancer.clock import Clock
 from balancer.core.outcome import Outcome
 from balancer.core.request import InferenceRequest
 from balancer.explain import Call
@@ -75,7 +74,7 @@ class Flight:
         for client in self._subscribers:
             client.begin(answer)
         answer.relay_to(self)
-        self._request.forget_body()
+        self._attempts.forget_body(self._request)
         if not answer.ended:
             await answer.wait()
         attempt.settle()
@@ -126,13 +125,12 @@ def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:
 class Flights:
     """Begins flights, each with its admission; where equal requests will meet."""
 
-    __slots__ = ("_admission", "_attempts", "_cache", "_clock")
+    __slots__ = ("_admission", "_attempts", "_cache")
 
-    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache, clock: Clock) -> None:
+    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache) -> None:
         self._admission = admission
         self._attempts = attempts
         self._cache = cache
-        self._clock = clock
 
     async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Admit the request, make the call, deliver it. Raises BalancerError while nothing is out."""
@@ -143,7 +141,7 @@ class Flights:
             flight = Flight(self._attempts, self._cache, request, plan, call)
             flight.subscribe(client)
             if await flight.run() is Outcome.OK:
-                self._attempts.succeeded(self._clock.now())
+                self._attempts.succeeded(request)
         finally:
             admitted.leave()
             if call.prompt_tokens is not None:

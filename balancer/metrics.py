@@ -159,6 +159,12 @@ class Metrics:
         )
         self.hedges = Counter("balancer_hedges_total", "Second attempts started beside a slow first", ("won",))
         self.resumes = Counter("balancer_resumes_total", "Streams continued on another node", ("outcome",))
+        self.poison_verdicts = Counter(
+            "balancer_poison_verdicts_total", "Requests found to break the nodes they are sent to"
+        )
+        self.poison_refused = Counter(
+            "balancer_poison_refused_total", "Requests refused because an equal one was found to break nodes"
+        )
         self.node_requests_in_flight = Gauge("balancer_node_requests_in_flight", "Our requests at a node", ("node",))
         self.node_cost = Gauge("balancer_node_cost_seconds", "Predicted seconds of prompts queued there", ("node",))
         self.node_state = Gauge("balancer_node_state", "1 for the state that a node is in", ("node", "state"))

@@ -16,15 +16,19 @@ from balancer.log import EventWriter
 from balancer.metrics import CounterChild, Metrics
 from balancer.registry import Registry
 from balancer.relay import ClientStream
+from balancer.verdicts import Verdicts
 from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundRequest
 
 
 class Proxy:
-    """Serves understood requests: cache, then limit, then node, then attempt with retry, then cache write."""
+    """Serves understood requests: cache, verdict, limit, node, attempt with retry, cache write."""
 
-    def __init__(self, *, cache: ResponseCache, flights: Flights, clock: Clock, date: DateHeader) -> None:
+    def __init__(
+        self, *, cache: ResponseCache, verdicts: Verdicts, flights: Flights, clock: Clock, date: DateHeader
+    ) -> None:
         self._cache = cache
+        self._verdicts = verdicts
         self._flights = flights
         self._clock = clock
         self._date = date
@@ -59,6 +63,8 @@ class Proxy:
                 return
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
+            if self._verdicts:
+                self._verdicts.check(request)
             await self._flights.fly(request, plan, client)
         except BalancerError as error:
             client.fail(error)

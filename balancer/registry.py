@@ -281,6 +281,13 @@ class Registry:
         if node.config.max_in_flight is not None:
             self._tell()
 
+    def forgive(self, node: Node, permit: Permit, at_s: float) -> None:
+        """A failure that was counted for the node at `at_s` was the request's own."""
+        node.load.forgive()
+        node.books.forgive()
+        if node.breaker.forgive(permit, at_s):
+            self.touch()
+
     def touch(self) -> None:
         """Evidence changed: who is eligible is worked out anew."""
         self._candidates.clear()

@@ -232,6 +232,10 @@ class Books:
         """Seconds per output token with so much context at the node."""
         return self.tpot_base_s + self.tpot_slope_s * context_tokens
 
+    def forgive(self) -> None:
+        """One recent failure was not the node's: undo what it did to the average, as if it had been the last."""
+        self.failure = max(0.0, (self.failure - FAILURE_WEIGHT) / (1.0 - FAILURE_WEIGHT))
+
     def failure_now(self, now: float) -> float:
         """The failure average, faded to `now` (0..1)."""
         if self.failure == 0.0:

@@ -170,6 +170,26 @@ class Breaker:
         self._open_until_s = float("-inf")
         return True
 
+    def forgive(self, permit: Permit, at_s: float) -> bool:
+        """Take back a failure recorded at `at_s` with this permit: it was not the node's. True if that ends a break."""
+        second = float(int(at_s))
+        for bucket in self._window:
+            if bucket[0] == second and bucket[2]:
+                bucket[2] -= 1
+                break
+        if permit.generation == self._generation:
+            self._consecutive = max(0, self._consecutive - 1)
+            return False
+        return permit.generation == self._generation - 1 and self.nudge()
+
+    def recently(self, now: float, *, whole_seconds: bool) -> tuple[int, int]:
+        """Results within the window, and how many of them were failures; without this second's if `whole_seconds`."""
+        self._expire(now)
+        second = float(int(now))
+        buckets = [bucket for bucket in self._window if not (whole_seconds and bucket[0] == second)]
+        failures = int(sum(bucket[2] for bucket in buckets))
+        return int(sum(bucket[1] for bucket in buckets)) + failures, failures
+
     def _tripped(self, now: float) -> str | None:
         if self._consecutive >= self._policy.consecutive_failures:
             return "consecutive_failures"

@@ -63,6 +63,10 @@ class Load:
         self.failure = faded + FAILURE_WEIGHT * (1.0 - faded)
         self.failure_at_s = now
 
+    def forgive(self) -> None:
+        """One recent failure was not the node's: undo what it did to the average, as if it had been the last."""
+        self.failure = max(0.0, (self.failure - FAILURE_WEIGHT) / (1.0 - FAILURE_WEIGHT))
+
     def failure_now(self, now: float) -> float:
         """The failure average, faded to `now` (0..1)."""
         if self.failure == 0.0:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NewType
 
 if TYPE_CHECKING:
     from balancer.core.books import Work
+    from balancer.core.poison import Account
     from balancer.core.prompt_blocks import Prompt
 
 TenantId = NewType("TenantId", str)
@@ -116,6 +117,8 @@ class InferenceRequest:
     prompt: Prompt | None = None  # what there is to read in it, and
     work: Work | None = None  # what it asks of a node: both made by the routing that uses them
     held_blocks: int = 0  # leading blocks of its prompt that the node picked last holds
+    account: Account | None = None  # nodes' failures under it (core/poison.py); None while there were none
+    mark: str = ""  # its fingerprint, once it was needed
 
     @property
     def query(self) -> bytes:

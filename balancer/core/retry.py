@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from balancer.core.outcome import Again, Outcome
+from balancer.core.poison import VERDICT_S
 from balancer.core.retry_budget import RetryBudget
 
 
@@ -21,6 +22,7 @@ class RetryPolicy:
     max_s: Annotated[float, Field(ge=0)] = 2.0
     budget_ratio: Annotated[float, Field(ge=0, le=1)] = 0.2  # retries per success, fleet-wide
     min_retries_per_s: Annotated[float, Field(ge=0)] = 10.0  # so a quiet service can still retry
+    verdict_s: Annotated[float, Field(ge=0)] = VERDICT_S  # equal requests are refused after one that broke its nodes
 
 
 @dataclass(frozen=True, slots=True)
