@@ -22,6 +22,7 @@ from balancer.core.routing import Routing, routing_of
 from balancer.explain import Ring
 from balancer.flight import Flights
 from balancer.health_feed import HealthFeed
+from balancer.hedging import Hedging
 from balancer.intake import Intake
 from balancer.log import EventWriter, get_logger
 from balancer.metrics import Metrics
@@ -125,11 +126,13 @@ class App:
             clock=clock,
             verdict_s=settings.retry.verdict_s,
         )
+        self.hedging = Hedging(settings.hedge, self.intake.rules, self.metrics)
         self.attempts = Attempts(
             registry=self.registry,
             admission=self.admission,
             routing=routing_of(settings.routing),
             verdicts=self.verdicts,
+            hedging=self.hedging,
             retry=settings.retry,
             limits=_answer_limits(settings),
             connect_s=settings.timeouts.connect_s,
@@ -310,6 +313,7 @@ class App:
         self.cache.configure(new.cache, self.intake.rules)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
         self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
+        self.hedging.configure(new.hedge, self.intake.rules)
         self.verdicts.configure(new.retry.verdict_s)
         self.registry.configure(new.routing)
         self.registry.replace_all(new.nodes)

@@ -16,6 +16,7 @@ from balancer.admission import Admission
 from balancer.clock import Clock
 from balancer.core.books import Sent
 from balancer.core.breaker import Permit
+from balancer.core.hedge import has_room
 from balancer.core.node import Node
 from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Fault, Outcome
 from balancer.core.request import InferenceRequest, NodeId
@@ -35,6 +36,7 @@ from balancer.errors import (
     Unreachable,
 )
 from balancer.explain import Call
+from balancer.hedging import LOST, Hedging
 from balancer.metrics import Metrics
 from balancer.registry import Registry
 from balancer.verdicts import Verdicts
@@ -96,6 +98,11 @@ class Attempt:
             self.answer.on_first_token = None
             self._attempts.settled(self)
 
+    def lose(self) -> None:
+        """Another attempt of the same request was quicker."""
+        self.answer.cancel(Outcome.HEDGE_LOST)
+        self.settle()
+
     def first_token(self, now: float) -> None:
         """The first token of a stream came."""
         self._attempts.first_token(self, now)
@@ -119,6 +126,7 @@ class Attempts:
         admission: Admission,
         routing: Routing,
         verdicts: Verdicts,
+        hedging: Hedging,
         retry: RetryPolicy,
         limits: AnswerLimits,
         connect_s: float,
@@ -132,6 +140,7 @@ class Attempts:
         self._admission = admission
         self.routing = routing
         self._verdicts = verdicts
+        self._hedging = hedging
         self._policy = retry
         self._limits = limits
         self._connect_s = connect_s
@@ -159,7 +168,10 @@ class Attempts:
         The caller owns the attempt and leaves it as a context. Raises BalancerError when all that was tried failed.
         """
         try:
-            attempt = await self._try(request, call)
+            if self._hedging.is_on and self._hedging.covers(request):
+                attempt = await self._hedged(request, call)
+            else:
+                attempt = await self._try(request, call)
         except _NobodyLeft as nobody:
             raise self._nobody(request, nobody.candidates) from None
         if attempt.outcome is Outcome.OK or attempt.outcome is Outcome.REQUEST_ERROR:
@@ -176,6 +188,25 @@ class Attempts:
         self._budget.succeeded(self._clock.now())
         if self._verdicts:
             self._verdicts.answered(request)
+
+    async def _hedged(self, request: InferenceRequest, call: Call) -> Attempt:
+        """A first attempt, and another beside it once its first token is late for a prompt of this length."""
+        delay_s = self._hedging.delay_s(request)
+        if delay_s is None:
+            attempt = await self._try(request, call)
+        else:
+
+            def may_hedge() -> bool:
+                now = self._clock.now()
+                nodes = self._registry.candidates(request.model, now).nodes
+                if self._admission.is_contended or not has_room(nodes, request.tried, delay_s, now):
+                    return False
+                return self._budget.try_spend(now)
+
+            attempt = await self._hedging.race(lambda: self._try(request, call), delay_s, may_hedge)
+        if attempt.answer.first_token_s:
+            self._hedging.learned(request, attempt.answer.first_token_s - attempt.answer.sent_s)
+        return attempt
 
     async def _again(self, request: InferenceRequest, call: Call, failed: Attempt) -> Attempt:
         plan = RetryPlan(self._policy, self._budget, self._rng, request.deadline_s)
@@ -258,8 +289,8 @@ class Attempts:
                     request.tried.discard(node.id)
                     attempt.settle()
                     return await self._try(request, call, again_at=node)
-        except BaseException:
-            answer.cancel()
+        except BaseException as error:
+            answer.cancel(Outcome.HEDGE_LOST if error.args == (LOST,) else Outcome.CLIENT_GONE)
             attempt.settle()
             raise
         if attempt.outcome is not Outcome.OK:

@@ -16,6 +16,7 @@ from pydantic_settings import SettingsError as PydanticSettingsError
 
 from balancer.core.breaker import BreakerPolicy
 from balancer.core.health import HealthPolicy
+from balancer.core.hedge import HedgePolicy
 from balancer.core.node import NodeConfig
 from balancer.core.retry import RetryPolicy
 from balancer.core.selection import RoutingPolicy
@@ -238,7 +239,7 @@ class Settings(BaseSettings):
     health: HealthPolicy = HealthPolicy()
     agents: AgentsConfig = AgentsConfig()
     queue: QueueConfig = QueueConfig()
-    hedge: Switch = Switch()
+    hedge: HedgePolicy = HedgePolicy()
     resume: Switch = Switch(enabled=True)
     upstream: UpstreamConfig = UpstreamConfig()
     cors: CorsConfig = CorsConfig()
@@ -266,9 +267,7 @@ class Settings(BaseSettings):
         return [
             ("cache.semantic.enabled", self.cache.semantic.enabled),
             ("cache.stale_if_error_s", self.cache.stale_if_error_s > 0),
-            ("hedge.enabled", self.hedge.enabled),
             ("queue.comment_after_s", self.queue.comment_after_s is not None),
-            ("models.hedge", any(model.hedge for model in self.models)),
             ("models.semantic", any(model.semantic for model in self.models)),
             ("models.fallbacks", any(model.fallbacks for model in self.models)),
         ]

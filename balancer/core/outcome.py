@@ -75,6 +75,7 @@ class Outcome(Enum):
     NO_GOOD_END = "no_good_end"
     STREAM_ERROR = "stream_error"
     CLIENT_GONE = "client_gone"
+    HEDGE_LOST = "hedge_lost"
 
 
 _NODE = Ruling(fault=Fault.NODE, again=Again.BUDGET, breaker=False, failure_price=True)
@@ -107,6 +108,8 @@ RULINGS: Mapping[Outcome, Ruling] = {
     Outcome.NO_GOOD_END: _NODE,
     Outcome.STREAM_ERROR: _NODE,
     Outcome.CLIENT_GONE: Ruling(fault=Fault.CLIENT, again=Again.NEVER, breaker=None),
+    # Another attempt of the same request was quicker.
+    Outcome.HEDGE_LOST: Ruling(fault=Fault.NOBODY, again=Again.NEVER, breaker=None),
 }
 
 for _outcome, _ruling in RULINGS.items():

@@ -208,10 +208,10 @@ class Answer:
         """From now on hand every read to `sink` at once."""
         self._sink = sink
 
-    def cancel(self) -> None:
+    def cancel(self, outcome: Outcome = Outcome.CLIENT_GONE) -> None:
         """Nobody wants it any more: the node is told by closing its connection."""
         if not self.ended:
-            self._over(Outcome.CLIENT_GONE)
+            self._over(outcome)
             if self._connection is not None:
                 self._connection.drop()
                 self._connection = None

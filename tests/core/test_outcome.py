@@ -41,6 +41,7 @@ TABLE = {
     "no_good_end": (Fault.NODE, Again.BUDGET, False, True, False),
     "stream_error": (Fault.NODE, Again.BUDGET, False, True, False),
     "client_gone": (Fault.CLIENT, Again.NEVER, None, False, False),
+    "hedge_lost": (Fault.NOBODY, Again.NEVER, None, False, False),
 }
 
 

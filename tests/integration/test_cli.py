@@ -87,7 +87,7 @@ def taken_port() -> Iterator[str]:
         ("cache: {semantic: {treshold: 1}}", "cache.semantic.treshold: no such setting"),
         ("retry: {max_attempts: 0}", "retry.max_attempts: Input should be greater than or equal to 1"),
         ("timeouts: {connect_s: soon}", "timeouts.connect_s: Input should be a valid number"),
-        ("hedge: {enabled: true}", "hedge.enabled: is not built yet; leave it out"),
+        ("models: [{name: m, fallbacks: [n]}]", "models.fallbacks: is not built yet; leave it out"),
         ("limits: {store: redis}", "limits.store: redis is asked for, and redis.url is not set"),
         ("auth: {keys: [{tenant: a, sha256: short}]}", "auth.keys.0.sha256: String should match pattern"),
         ("nodes: [{url: 'http://n:1'}, {url: 'http://n:1'}]", "nodes: the id n:1 is there twice"),
