@@ -445,9 +445,11 @@ class Attempts:
         outcome, node, answer, request = attempt.outcome, attempt.node, attempt.answer, attempt.request
         self._registry.settle(node, attempt.slot.permit, outcome, now)
         if outcome.ruling.fault is Fault.NODE:
-            before = attempt.call.attempts[-1][:2] if attempt.call.attempts else None
-            stale_before = before == (node.id, Outcome.STALE_CONNECTION.label)
             permit, sent_s = attempt.slot.permit, attempt.started_s
+            before, label, seconds = attempt.call.attempts[-1] if attempt.call.attempts else ("", "", 0.0)
+            stale_before = before == node.id and label == Outcome.STALE_CONNECTION.label
+            if stale_before:
+                sent_s -= seconds  # it was there since then
             self._verdicts.failed(request, node, permit, outcome, sent_s=sent_s, stale_before=stale_before)
         if request.account is not None:
             self._verdicts.left(request, node, alive=answer.first_byte_s > 0.0)

@@ -49,6 +49,11 @@ class Verdicts:
         """Whether any fingerprint is remembered: without one, requests need none."""
         return bool(self._ledger)
 
+    @property
+    def suspects(self) -> int:
+        """Suspects that wait, or whose prompt a node may still be reading."""
+        return self._quarantine.waiting + len(self._quarantine)
+
     # -- before the first attempt
 
     def check(self, request: InferenceRequest) -> None:
@@ -73,10 +78,11 @@ class Verdicts:
     async def turn(self, request: InferenceRequest) -> None:
         """Wait until a node that is left for this suspect holds no other; returns at once for any other request."""
         account, quarantine = request.account, self._quarantine
-        if account is None or not account.is_suspect or not quarantine:
+        if account is None or not account.is_suspect:
             return
         quarantine.waiting += 1
         try:
+            await self._clock.sleep(max(0.0, account.settled_s - self._clock.now()))
             while (wait_s := self._wait_s(request)) > 0.0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._released.wait(), wait_s)

@@ -23,13 +23,13 @@ DEATHS = 2
 PRESENT = 3
 # A suspect has a node to itself until its first byte, or for this many times the predicted seconds of reading its
 # prompt, within these bounds: a prompt that kills does it while it is read.
-HOLD_READINGS, LEAST_HOLD_S, MOST_HOLD_S = 2.0, 0.02, 0.5
+HOLD_READINGS, LEAST_HOLD_S, MOST_HOLD_S = 2.0, 0.1, 0.5
+# A suspect waits this long after its last death: what else died in that moment is known by then.
+SETTLE_S = 0.02
 # However many suspects there are, the last of them waits about this long for its turn.
 MOST_DELAY_S = 2.0
 # What else breaks at a node within this time of a death there has broken of the same cause.
 SAME_CAUSE_S = 1.0
-# What was sent in the last moment before a node died had no part in it yet.
-SENT_TOO_LATE_S = 0.002
 # A failure is the request's and not the node's when the node answered another request within this time of it.
 ANSWERED_S = 5.0
 # A verdict stands only if the nodes' own faults would do the same to fewer of their recent requests than this.
@@ -120,6 +120,11 @@ class Account:
         """Whether it goes to no further node."""
         return self.deaths >= DEATHS or self.present >= PRESENT
 
+    @property
+    def settled_s(self) -> float:
+        """From when on it may be sent again."""
+        return self.failures[-1].at_s + SETTLE_S if self.failures else -math.inf
+
     def read(self) -> None:
         """A node has read its prompt and lived: no death so far was that prompt's reading."""
         self.cleared = len(self.failures)
@@ -157,8 +162,9 @@ class Quarantine:
         self._causes: dict[NodeId, _Cause] = {}  # of each node's last death
         self.waiting = 0  # suspects that wait for a node
 
-    def __bool__(self) -> bool:
-        return bool(self._held)
+    def __len__(self) -> int:
+        """Suspects on nodes."""
+        return sum(map(len, self._held.values()))
 
     def free_from_s(self, node: NodeId, now: float) -> float:
         """When the node takes the next suspect; -inf: at once."""
@@ -193,7 +199,7 @@ class Quarantine:
         if cause is None or now - cause.at_s >= SAME_CAUSE_S or sent_s > cause.at_s:
             cause = self._causes[node] = self._cause(node, now)
             return cause.anybody or cause.blamed is account
-        return cause.blamed is account or (cause.anybody and sent_s < cause.at_s - SENT_TOO_LATE_S)
+        return cause.anybody or cause.blamed is account
 
     def _cause(self, node: NodeId, now: float) -> _Cause:
         held = self._held.get(node, _NOBODY)

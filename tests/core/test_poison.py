@@ -90,12 +90,6 @@ def test_the_first_death_goes_to_everybody_who_was_there() -> None:
     assert all(quarantine.charge(A, account, sent_s=99.0, now=100.0) for account in there)
 
 
-def test_what_was_sent_as_the_node_died_had_no_part_in_it() -> None:
-    quarantine = Quarantine()
-    assert quarantine.charge(A, Account(), sent_s=99.0, now=100.0)
-    assert not quarantine.charge(A, Account(), sent_s=99.999, now=100.01)
-
-
 @pytest.mark.parametrize("first", ["suspect", "bystander"])
 def test_with_one_suspect_on_a_node_its_death_is_the_suspects_alone(first: str) -> None:
     quarantine, guilty, bystander = Quarantine(), suspect(A), Account()
