@@ -107,10 +107,14 @@ Choose = Callable[[Sequence[Node], InferenceRequest, float, Random], Node]
 
 
 def outstanding_score(node: Node, now: float) -> float:
-    """Requests in flight over the node's share, plus the fading price of its failures (in requests)."""
+    """Requests in flight over the node's share, plus the fading price of its failures (in requests).
+
+    A share that is cut (slow start, back-pressure, degraded) is a price on what is there already: the first request to
+    an idle newcomer costs what it costs elsewhere, so that it is tried at once.
+    """
     load = node.load
     share = node.share(now) if _is_cut(node, now) else node.weight
-    score = (load.rif + 1) / share
+    score = load.rif / share + 1.0 / node.weight
     if load.failure > 0.0:
         score += FAILURE_PRICE_REQUESTS * load.failure_now(now)
     return score
