@@ -16,6 +16,7 @@ import aiohttp
 from loadtest.chaos import availability, truth
 from loadtest.chaos.figure import PROMISES, Figure, Promise, Row
 from loadtest.chaos.stage import Theatre
+from loadtest.children import CannotRun
 
 TRIALS = (truth, availability)  # importing them enters their promises
 
@@ -42,14 +43,21 @@ def main() -> int:
 
 
 async def try_all(chosen: Sequence[Promise], rounds: int, markdown: bool = False) -> list[dict[str, Any]]:
-    """Make every trial `rounds` times, print a line for each of its figures, and return them."""
+    """Make every trial `rounds` times, print a line for each of its figures, and return them.
+
+    A trial that cannot be played breaks its promise.
+    """
     results = []
     print(_HEAD if markdown else f"{'':>3} {'what was tried':<64} {'figure':<42} {'measured':<26} bound", flush=True)
     for one in chosen:
         tried: list[Sequence[Figure]] = []
         for number in range(rounds):
             _progress(f"promise {one.number}, round {number + 1}: {one.title}")
-            tried.append(await play(one))
+            try:
+                tried.append(await play(one))
+            except (TimeoutError, CannotRun, aiohttp.ClientError) as error:
+                tried = [(Figure(name=f"could not be played: {error or 'too late'}", value=1, bound=0),)]
+                break
         _progress("")
         for figures in zip(*tried, strict=True):
             row = Row(figures)
@@ -59,7 +67,7 @@ async def try_all(chosen: Sequence[Promise], rounds: int, markdown: bool = False
 
 
 async def play(one: Promise) -> Sequence[Figure]:
-    """One round of a trial, on a stage of its own. A trial that cannot be played breaks its promise."""
+    """One round of a trial, on a stage of its own."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:

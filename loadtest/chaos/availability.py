@@ -273,7 +273,7 @@ async def comes_back(theatre: Theatre) -> Sequence[Figure]:
         load = Load(stage)
         async with load:
             await load.run(BEFORE_S)
-            await node.refuse()
+            await node.die()
             await stage.until(partial(stage.knows, node.id, "down"))
             await load.run(1.0)
             before = len(await node.requests())

@@ -76,10 +76,6 @@ class SimNode:
         """`speed`, `frozen` (its engine, with the health check green) or `deaf` (its health check too)."""
         await self._control("POST", "/sim/node", fields)
 
-    async def refuse(self) -> None:
-        """Close its listener; what runs goes on."""
-        await self._control("POST", "/sim/refuse", {})
-
     async def die(self) -> None:
         """Close its listener and every connection, but for the control's."""
         await self._control("POST", "/sim/die", {})

@@ -341,9 +341,12 @@ def test_a_node_that_ramps_up_was_cut_or_is_degraded_counts_for_less() -> None:
     cut.cut_s = NOW
     degraded.health = HealthState(verdict=Verdict.DEGRADED, reasons=("clock_low",))
 
+    assert [outstanding_score(node, NOW) for node in nodes] == [1.0] * 4, "an idle one is tried at once"
+    for node in nodes:
+        node.load.rif = 1
     scores = [outstanding_score(node, NOW) for node in nodes]
 
-    assert scores == pytest.approx([1.0, 1.0 / 0.19, 2.0, 2.0])
+    assert scores == pytest.approx([2.0, 1.0 + 1.0 / 0.19, 3.0, 3.0])
     assert chosen(least_outstanding, nodes, 10) == {plain.id: 10}
 
 
