@@ -13,12 +13,12 @@ from typing import Any
 
 import aiohttp
 
-from loadtest.chaos import availability, security, truth
+from loadtest.chaos import availability, caching, overload, security, truth
 from loadtest.chaos.figure import PROMISES, Figure, Promise, Row
 from loadtest.chaos.stage import Theatre
 from loadtest.children import CannotRun
 
-TRIALS = (truth, availability, security)  # importing them enters their promises
+TRIALS = (truth, availability, overload, caching, security)  # importing them enters their promises
 
 
 def main() -> int:
