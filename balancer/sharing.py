@@ -43,7 +43,6 @@ class Sharing:
         self._clock = clock
         self._teller = Teller()
         self._peers = Peers()
-        self._keys: dict[tuple[str, str], NodeKey] = {}
         self._nodes: dict[NodeKey, Node] = {}
         self._periodic = Periodic(
             "sharing", lambda: (TOPIC,), self._share, interval_s=interval_s, clock=clock, rng=rng, at_once=1
@@ -76,7 +75,7 @@ class Sharing:
         self._follow_fleet()
         figures = {}
         for key, node in self._nodes.items():
-            if node.books.n:
+            if node.books.n or node.books.read_tokens:
                 figures[key] = node.books.outstanding(now)
         keys = {node.id: key for key, node in self._nodes.items()} if placed else {}
         said = self._teller.next(figures, [(keys[id_], blocks) for id_, blocks in placed if id_ in keys], now)
@@ -117,6 +116,7 @@ class Sharing:
         if len(nodes) == len(self._nodes) and all(nodes.get(node.id) is node for node in self._nodes.values()):
             return
         self._nodes = {node_key(node.id, node.config.url): node for node in nodes.values()}
+        self._peers.keep(self._nodes)
 
     def _ages(self) -> list[tuple[tuple[str, ...], float]]:
         ages = self._peers.silence_s(self._clock.now())

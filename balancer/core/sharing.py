@@ -12,7 +12,7 @@ import binascii
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,8 @@ MAX_PLACEMENTS = 512
 MAX_BLOCKS = 3000
 # What is kept of others, at most: enough for any fleet, and no way for junk to fill memory.
 MAX_PEERS = 64
-# No balancer has more than this many tokens or requests at one node.
-MOST = 1e12
+# The largest count: what JSON's readers hold exactly.
+MOST = 2**53 - 1
 
 # A node as messages name it; see `node_key`.
 NodeKey = str
@@ -67,7 +67,9 @@ def encode(said: Said) -> bytes:
     return orjson.dumps(
         {
             "v": VERSION,
-            "nodes": [[key, round(o.tokens), round(o.context), round(o.requests)] for key, o in said.figures],
+            "nodes": [
+                [key, round(o.tokens), round(o.context), round(o.requests), round(o.read)] for key, o in said.figures
+            ],
             "placed": [[key, _packed(blocks)] for key, blocks in said.placed],
             "leaving": said.leaving,
         }
@@ -97,11 +99,11 @@ def decode(payload: bytes) -> Said | None:
         return None
 
 
-def _figure(key: Any, tokens: Any, context: Any, requests: Any) -> tuple[NodeKey, Outstanding]:
-    for value in (tokens, context, requests):
+def _figure(key: Any, tokens: Any, context: Any, requests: Any, read: Any) -> tuple[NodeKey, Outstanding]:
+    for value in (tokens, context, requests, read):
         if type(value) is not int or not 0 <= value <= MOST:
             raise ValueError("not a count")
-    return _key(key), Outstanding(tokens=tokens, context=context, requests=requests)
+    return _key(key), Outstanding(tokens=tokens, context=context, requests=requests, read=read)
 
 
 def _placement(key: Any, packed: Any) -> tuple[NodeKey, tuple[int, ...]]:
@@ -122,6 +124,10 @@ def _packed(blocks: Sequence[int]) -> str:
     return base64.b64encode(struct.pack(f"<{len(blocks)}Q", *blocks)).decode()
 
 
+def _is_over(figure: Outstanding) -> bool:
+    return not (figure.tokens or figure.context or figure.requests)
+
+
 class Teller:
     """Decides what to say: figures that changed since they were last said, and those due again."""
 
@@ -140,7 +146,7 @@ class Teller:
     ) -> Said | None:
         """What to say now; None: nothing new, and something was said less than REFRESH_S ago.
 
-        `figures` names every node with something outstanding; one that is not named has nothing. `placed` is in the
+        `figures` names every node that was ever sent something; one that is not named has left. `placed` is in the
         order of time.
         """
         changed = self._due(figures, now)
@@ -148,10 +154,10 @@ class Teller:
         if not changed and not fitting and now - self._said_s < REFRESH_S:
             return None
         for key, figure in changed:
-            if figure == _NOTHING:
-                self._told.pop(key, None)
-            else:
+            if key in figures:
                 self._told[key] = (figure, now)
+            else:
+                del self._told[key]
         self._said_s = now
         return Said(figures=changed, placed=fitting)
 
@@ -159,7 +165,7 @@ class Teller:
         found: list[tuple[float, NodeKey, Outstanding]] = []
         for key, figure in figures.items():
             told, told_s = self._told.get(key, (_NOTHING, -math.inf))
-            if figure != told or (figure != _NOTHING and now - told_s >= REFRESH_S):
+            if figure != told or (now - told_s >= REFRESH_S and not _is_over(figure)):
                 found.append((told_s, key, figure))
         for key, (_, told_s) in self._told.items():
             if key not in figures:
@@ -184,10 +190,11 @@ def _newest(placed: Sequence[tuple[NodeKey, tuple[int, ...]]]) -> list[tuple[Nod
 
 
 class _Peer:
-    __slots__ = ("figures", "heard_s")
+    __slots__ = ("figures", "heard_s", "read")
 
     def __init__(self) -> None:
-        self.figures: dict[NodeKey, tuple[Outstanding, float]] = {}
+        self.figures: dict[NodeKey, tuple[Outstanding, float]] = {}  # of what is not over
+        self.read: dict[NodeKey, float] = {}  # as it last said
         self.heard_s = -math.inf
 
 
@@ -196,6 +203,7 @@ class Peers:
 
     def __init__(self) -> None:
         self._peers: dict[str, _Peer] = {}
+        self._read: dict[NodeKey, float] = {}  # by all of them since each was first heard of
 
     def __repr__(self) -> str:
         return f"<Peers {len(self._peers)}>"
@@ -213,15 +221,24 @@ class Peers:
             peer = self._peers[balancer] = _Peer()
         peer.heard_s = now
         for key, figure in figures:
-            if figure == _NOTHING:
+            if _is_over(figure):
                 peer.figures.pop(key, None)
             else:
                 peer.figures[key] = (figure, now)
+            more = figure.read - peer.read.get(key, figure.read)
+            peer.read[key] = figure.read
+            self._read[key] = self._read.get(key, 0.0) + max(0.0, more)
         return is_new
 
     def left(self, balancer: str) -> bool:
         """It said farewell, and has nothing anywhere any more; True when it was known."""
         return self._peers.pop(balancer, None) is not None
+
+    def keep(self, keys: Container[NodeKey]) -> None:
+        """Drop what is known of all other nodes: they are gone."""
+        for kept in (self._read, *(mine for peer in self._peers.values() for mine in (peer.figures, peer.read))):
+            for key in [key for key in kept if key not in keys]:
+                del kept[key]
 
     def forget_silent(self, now: float) -> list[str]:
         """Drop who was not heard for FORGET_S, and figures that were not repeated; who went is returned."""
@@ -234,7 +251,10 @@ class Peers:
         return silent
 
     def together(self, key: NodeKey, now: float) -> Outstanding:
-        """What all of them have at a node, each figure faded by its age once it is older than FRESH_S."""
+        """What all of them have at a node, each figure faded by its age once it is older than FRESH_S.
+
+        `read` only grows, whoever comes and goes.
+        """
         tokens = context = requests = 0.0
         for peer in self._peers.values():
             entry = peer.figures.get(key)
@@ -245,7 +265,7 @@ class Peers:
                 tokens += share * figure.tokens
                 context += share * figure.context
                 requests += share * figure.requests
-        return Outstanding(tokens=tokens, context=context, requests=requests)
+        return Outstanding(tokens=tokens, context=context, requests=requests, read=self._read.get(key, 0.0))
 
     def silence_s(self, now: float) -> dict[str, float]:
         """For each balancer, the seconds since it last said anything."""

@@ -53,7 +53,7 @@ def test_what_is_said_is_what_is_read(
     )
 
 
-GOOD: dict[str, Any] = {"v": 1, "nodes": [[A, 1, 2, 3]], "placed": [[A, "AAAAAAAAAAA="]], "leaving": False}
+GOOD: dict[str, Any] = {"v": 1, "nodes": [[A, 1, 2, 3, 4]], "placed": [[A, "AAAAAAAAAAA="]], "leaving": False}
 
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
@@ -67,15 +67,15 @@ def test_fields_of_a_later_version_are_passed_over() -> None:
         {"v": "1"},
         {"leaving": 0},
         {"nodes": {}},
-        {"nodes": [[A, 1, 2]]},
-        {"nodes": [[A, 1, 2, -1]]},
-        {"nodes": [[A, 1, 2, 1.5]]},
-        {"nodes": [[A, 1, 2, True]]},
-        {"nodes": [[A, 1, 2, 10**13]]},
-        {"nodes": [["a", 1, 2, 3]]},
-        {"nodes": [[5, 1, 2, 3]]},
+        {"nodes": [[A, 1, 2, 3]]},
+        {"nodes": [[A, 1, 2, 3, -1]]},
+        {"nodes": [[A, 1, 2, 1.5, 0]]},
+        {"nodes": [[A, 1, 2, True, 0]]},
+        {"nodes": [[A, 1, 2, 2**53, 0]]},
+        {"nodes": [["a", 1, 2, 3, 4]]},
+        {"nodes": [[5, 1, 2, 3, 4]]},
         {"nodes": [5]},
-        {"nodes": [[A, 1, 2, 3]] * (MAX_NODES + 1)},
+        {"nodes": [[A, 1, 2, 3, 4]] * (MAX_NODES + 1)},
         {"placed": None},
         {"placed": [[A, "AAAA"]]},
         {"placed": [[A, ""]]},
@@ -120,8 +120,8 @@ def test_what_changed_is_said_once() -> None:
 def test_what_is_over_is_said_once() -> None:
     teller = Teller()
     said_figures(teller, 0.0, a=some(5))
-    assert said_figures(teller, 0.2) == {"a": NOTHING}
-    assert said_figures(teller, 0.4) is None
+    assert said_figures(teller, 0.2, a=some(0, 0, 0)) == {"a": NOTHING}
+    assert said_figures(teller, 0.4, a=some(0, 0, 0)) is None
 
 
 def test_what_has_not_changed_is_said_again_after_a_while() -> None:
@@ -230,3 +230,48 @@ def test_who_hears_everything_believes_what_is_true(steps: list[tuple[float, dic
         peers.forget_silent(now)
         for key in "abc":
             assert peers.together(key, now) == truth.get(key, NOTHING)
+
+
+# -- what nodes have read
+
+
+def so_far(read: float, tokens: float = 0.0) -> Outstanding:
+    return Outstanding(tokens=tokens, context=tokens, requests=1.0 if tokens else 0.0, read=read)
+
+
+def test_what_nodes_have_read_is_said_when_it_grew() -> None:
+    teller = Teller()
+    assert said_figures(teller, 0.0, a=so_far(100)) == {"a": so_far(100)}
+    assert said_figures(teller, 0.2, a=so_far(100)) is None
+    assert said_figures(teller, 0.4, a=so_far(150)) == {"a": so_far(150)}
+
+
+def test_a_node_that_is_gone_is_said_to_have_nothing_once() -> None:
+    teller = Teller()
+    said_figures(teller, 0.0, a=so_far(100, tokens=5))
+    assert said_figures(teller, 0.2) == {"a": NOTHING}
+    assert said_figures(teller, 0.4) is None
+
+
+def test_what_nodes_have_read_only_grows_whoever_comes_and_goes() -> None:
+    peers = Peers()
+    peers.heard("one", [(A, so_far(1000))], 0.0)
+    assert peers.together(A, 0.0).read == 0, "that was before we knew of it"
+    peers.heard("one", [(A, so_far(1500))], 0.2)
+    peers.heard("two", [(A, so_far(7000))], 0.2)
+    peers.heard("two", [(A, so_far(7100))], 0.4)
+    assert peers.together(A, 0.4).read == 600
+    peers.heard("one", [(A, so_far(0)), (A, so_far(10))], 0.6)  # the node was another one in between
+    assert peers.together(A, 0.6).read == 610
+    peers.left("two")
+    peers.forget_silent(10.0)
+    assert peers.together(A, 10.0).read == 610
+
+
+def test_nodes_that_are_gone_are_forgotten() -> None:
+    peers = Peers()
+    peers.heard("one", [(A, so_far(0, tokens=5)), (B, so_far(0, tokens=6))], 0.0)
+    peers.heard("one", [(A, so_far(9, tokens=5))], 0.1)
+    peers.keep({B})
+    assert peers.together(A, 0.1) == NOTHING
+    assert peers.together(B, 0.1).tokens == 6

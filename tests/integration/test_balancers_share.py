@@ -178,7 +178,7 @@ async def test_junk_and_nodes_that_are_not_ours_are_passed_over(redis_server: Re
         inside.publish(PREFIX + "routing", head + b'{"v":1}')
         inside.publish(
             PREFIX + "routing",
-            head + b'{"v":1,"nodes":[["%s",5000,5,5]],"placed":[],"leaving":false}' % other.encode(),
+            head + b'{"v":1,"nodes":[["%s",5000,5,5,0]],"placed":[],"leaving":false}' % other.encode(),
         )
         inside.close()
         await balancer.wait_for(lambda: peers(balancer) == 1, WITHIN_S)
