@@ -67,6 +67,7 @@ class Row:
     targets: tuple[Target, ...] = ()
     above: str | None = None  # figures are told as what they add to this cell's
     rounds_at_least: int = 1
+    rounds_at_most: int | None = None
 
 
 # Unit and decimals of every figure a measurement may give.
@@ -206,6 +207,7 @@ def _picks() -> list[Row]:
         title="what 100,000 picks of predicted_cost leave behind (8 nodes, 10 KB)",
         figures=("kib_grown",),
         cells=(cell("routing", 8, 10 * KIB, "pick-memory"),),
+        rounds_at_most=1,  # a minute, in which nothing is left to chance
         targets=(Target(figure="kib_grown", of="routing", over=None, at_most=256),),
     )
     return [sizes, memory]

@@ -32,6 +32,8 @@ SPEEDS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5)
 # Later than this a first token or an end is a failure; nothing that works takes nearly as long.
 TIMEOUT_S = 120.0
 START_WITHIN_S = 30.0
+# Below the range that connections get their own ports from.
+FIRST_PORT = 20_000
 
 Three = tuple[float, float, float]
 
@@ -111,7 +113,8 @@ async def measure(policy: str, turns: Sequence[Turn], clock: Clock) -> Measured:
 
 def _balancer(policy: str, nodes: Sequence[FakeNode], folder: Path) -> tuple[Child, str]:
     ports = Ports()
-    data, ops = (f"127.0.0.1:{ports.take(port)}" for port in (8080, 8081))
+    preferred = FIRST_PORT + 10 * (os.getpid() % 1000)  # several of us may run at once
+    data, ops = (f"127.0.0.1:{ports.take(port)}" for port in (preferred, preferred + 1))
     words = [word for at, node in enumerate(nodes) for word in ("--node", f"{node.url},id=n{at}")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BALANCER_")}
     environment |= {
