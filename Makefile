@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check format imports test demo bench sim sim-full load helm-lint clean
+.PHONY: setup check format imports test demo bench compare sim sim-full load helm-lint clean
 
 setup: .venv/.ready
 
@@ -36,6 +36,9 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m loadtest.bench
+
+compare: setup ## policies over HTTP in front of eight fake nodes, and in the simulator: about seven minutes
+	$(BIN)/python -m loadtest.compare
 
 sim: setup ## the standard table of the simulator: every policy on every row, with its bounds
 	$(BIN)/python -m loadtest.sim.standard

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import signal
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from random import Random
 from typing import Any, Protocol
 
@@ -142,6 +142,7 @@ class App:
             wheel=self.wheel,
             rng=self._rng,
         )
+        self.sharing = self._make_sharing()
         self._follow_fleet()
         date = DateHeader()
         flights = Flights(self.admission, self.attempts, self.cache)
@@ -207,6 +208,30 @@ class App:
             max_value_bytes=settings.cache.max_entry_bytes + 4096,  # what is said about an entry stands before it
         )
 
+    def _make_sharing(self) -> Watcher | None:
+        """What balancers tell each other needs a Redis between them."""
+        settings = self._settings
+        if settings.redis.url is None or not settings.routing.share_interval_s:
+            return None
+        from balancer.sharing import Sharing
+        from balancer.store.channel import Channel, client_of
+
+        channel = Channel(
+            partial(client_of, settings.redis.url),
+            clock=self._clock,
+            rng=self._rng,
+            on_event=lambda topic, what: self.metrics.channel_messages.of(topic, what).inc(),
+        )
+        return Sharing(
+            channel,
+            self.registry,
+            lambda: self.attempts.routing,
+            self.metrics,
+            interval_s=settings.routing.share_interval_s,
+            clock=self._clock,
+            rng=self._rng,
+        )
+
     # -- life
 
     async def start(self) -> None:
@@ -231,6 +256,7 @@ class App:
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
         self._watchers = (
+            *([self.sharing] if self.sharing is not None else []),
             HealthChecker(registry, settings.health, clock, rng),
             ModelLister(registry, clock, rng),
             self.feed,
@@ -370,6 +396,7 @@ RESTART_ONLY = (
     "limits.body_idle_s",
     "cache.memory_bytes",
     "upstream.max_connections_per_node",
+    "routing.share_interval_s",
 )
 
 

@@ -182,6 +182,11 @@ class Metrics:
         self.limits_unchecked = Counter(
             "balancer_limits_unchecked_total", "Rate limit checks made in this process because the store was away"
         )
+        self.channel_messages = Counter(
+            "balancer_channel_messages_total", "Messages between balancers, by what became of them", ("topic", "event")
+        )
+        self.peers = Gauge("balancer_peers", "Other balancers that share what they sent where")
+        self.peer_age = Gauge("balancer_peer_age_seconds", "Since the longest silent of them said something")
         self.gpu_seconds_saved = Counter(
             "balancer_gpu_seconds_saved_total", "Time that nodes did not spend on answers served from the cache"
         )

@@ -80,11 +80,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outstanding:
-    """What one balancer, or several added up, have at a node: the three figures that balancers share."""
+    """What one balancer, or several added up, have at a node: the figures that balancers share."""
 
     tokens: float = 0.0  # uncached prompt tokens without a first token yet
     context: float = 0.0  # tokens in the KV cache of running requests
     requests: float = 0.0
+    read: float = 0.0  # uncached prompt tokens of theirs that the node has read so far; only its growth matters
 
 
 class Sent:
@@ -138,6 +139,8 @@ class Books:
         "_fifo",
         "_loose_from_s",
         "_loose_tokens",
+        "_others_read",
+        "_others_read_before",
         "_own",
         "_own_since_report",
         "_pace_seconds",
@@ -168,6 +171,7 @@ class Books:
         "pace_at_s",
         "pace_samples",
         "queued_tokens",
+        "read_tokens",
         "reported_at_s",
         "s_per_token",
         "slots",
@@ -191,6 +195,7 @@ class Books:
         self.head_from_s = 0.0  # since when
         self.head_paced = False  # unary: no first token will tell when it is read, the pace does
         self._worked_s = -math.inf  # when the last prompt was read
+        self.read_tokens = 0.0  # uncached prompt tokens read so far
         self._loose_tokens = 0  # read by the pace alone since the last first token
         self._loose_from_s = 0.0
 
@@ -213,6 +218,8 @@ class Books:
         self.others: Outstanding | None = None  # what other balancers have there; None: nothing, or not known
         self.others_at_s = -math.inf
         self._shared_at_s = -math.inf
+        self._others_read = 0.0  # as last shared
+        self._others_read_before = 0.0  # when the reading of our oldest prompt began
         self.reported_at_s: float | None = None
         self._boot_id: str | None = None
         self._counters: tuple[float, float, float] | None = None  # at_s, prefill seconds, uncached tokens
@@ -279,7 +286,9 @@ class Books:
     def outstanding(self, now: float) -> Outstanding:
         """What we have at the node: what this balancer tells the others."""
         self.advance(now)
-        return Outstanding(tokens=self.queued_tokens, context=self.context_tokens, requests=self.n)
+        return Outstanding(
+            tokens=self.queued_tokens, context=self.context_tokens, requests=self.n, read=self.read_tokens
+        )
 
     # -- a request's life
 
@@ -295,6 +304,7 @@ class Books:
         sent = Sent(work, tokens, context, self.context_tokens + context, expected_s, now)
         if not self.queued_tokens:
             self._loose_tokens = 0  # it was idle in between
+            self._others_read_before = self._others_read
         self._fifo[sent] = None
         self.queued_tokens += tokens
         if work.generates and not work.streams:
@@ -396,6 +406,7 @@ class Books:
         """What the other balancers together have at the node, true at `at_s`; goes before a report's difference."""
         if at_s >= self._shared_at_s:
             self._shared_at_s = at_s
+            self._others_read = others.read
             self._set_others(others, at_s)
 
     # -- inside
@@ -457,10 +468,15 @@ class Books:
         tokens = sent.tokens * correction + self._loose_tokens
         from_s = self._loose_from_s if self._loose_tokens else max(sent.sent_s, self._worked_s)
         seconds = max(0.0, now - from_s)
-        if self.others is not None:  # it read theirs in the same time
+        self.read_tokens += tokens
+        theirs = 0.0  # read in the same time
+        if now - self._shared_at_s <= SHARED_FRESH_S:
+            theirs = max(0.0, self._others_read - self._others_read_before)
+        elif self.others is not None:  # only a report tells of them: theirs are taken to be mixed with ours
             seconds *= own_tokens / (own_tokens + self.others_now(now).tokens)
+        self._others_read_before = self._others_read
         self._own_since_report += 1
-        self._learn_pace(tokens, seconds, now)
+        self._learn_pace(tokens + theirs, seconds, now)
         self._loose_tokens = 0
         self._worked_s = max(self._worked_s, now)
         self._take_off(sent, now)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Sequence
 from random import Random
 from typing import Protocol
 
 from balancer.core import prompt_blocks
-from balancer.core.books import Sent, Work
+from balancer.core.books import Outstanding, Sent, Work
 from balancer.core.cost import CostPolicy, PredictedCost, caution_s
 from balancer.core.expectations import Expectations
 from balancer.core.health import NodeReport
@@ -17,6 +19,7 @@ from balancer.core.prefix_index import PrefixIndex
 from balancer.core.prompt_blocks import Prompt
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.selection import Candidates, Choose, RoutingPolicy, pick, policy_named
+from balancer.core.sharing import MAX_PLACEMENTS, Placement
 
 # Prompt and generated tokens, where a node counted them.
 Used = tuple[int, int] | None
@@ -51,6 +54,15 @@ class Routing(Protocol):
     def forget(self, id_: NodeId) -> None:
         """The node is gone."""
 
+    def take_placements(self) -> Sequence[Placement] | None:
+        """The prompts placed since this was last asked, oldest first; None: this routing has nothing to share."""
+
+    def placed(self, node: Node, blocks: Sequence[int], now: float) -> None:
+        """Another balancer sent a prompt with these blocks to the node."""
+
+    def others(self, node: Node, outstanding: Outstanding, now: float) -> None:
+        """What the other balancers together have at the node."""
+
 
 class ScoredRouting:
     """The policies that compare scores and learn nothing of their own."""
@@ -84,6 +96,15 @@ class ScoredRouting:
     def forget(self, id_: NodeId) -> None:
         pass
 
+    def take_placements(self) -> Sequence[Placement] | None:
+        return None
+
+    def placed(self, node: Node, blocks: Sequence[int], now: float) -> None:
+        pass
+
+    def others(self, node: Node, outstanding: Outstanding, now: float) -> None:
+        pass
+
 
 class PredictedRouting:
     """Least predicted cost: what the books, the prefix index and the expectations say together."""
@@ -93,6 +114,7 @@ class PredictedRouting:
         self._index = PrefixIndex()
         self._cost: PredictedCost[Node] = PredictedCost(self._index, self._policy)
         self._expectations = Expectations()
+        self._placements: deque[Placement] | None = None  # since they were last asked for; None: never yet
 
     def pick(self, candidates: Candidates, request: InferenceRequest, now: float, rng: Random) -> Node | None:
         tried = request.tried
@@ -107,6 +129,8 @@ class PredictedRouting:
     def dispatched(self, node: Node, request: InferenceRequest, now: float) -> Sent | None:
         work = self._work(request)
         self._index.placed(node.id, work.blocks, now)
+        if self._placements is not None and work.blocks:
+            self._placements.append((node.id, work.blocks))
         return node.books.dispatched(work, request.held_blocks, now)
 
     def first_token(self, node: Node, sent: Sent | None, now: float) -> None:
@@ -144,6 +168,20 @@ class PredictedRouting:
 
     def forget(self, id_: NodeId) -> None:
         self._index.forget(id_)
+
+    def take_placements(self) -> Sequence[Placement] | None:
+        placements, self._placements = self._placements, deque(maxlen=MAX_PLACEMENTS)
+        return placements or ()
+
+    def placed(self, node: Node, blocks: Sequence[int], now: float) -> None:
+        self._index.placed(node.id, blocks, now)
+
+    def others(self, node: Node, outstanding: Outstanding, now: float) -> None:
+        node.books.shared(outstanding, now)
+
+    def blocks_at(self, id_: NodeId) -> int:
+        """How many blocks of prompts a node is believed to hold."""
+        return self._index.blocks_of(id_)
 
     def _work(self, request: InferenceRequest) -> Work:
         work = request.work

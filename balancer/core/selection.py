@@ -29,10 +29,14 @@ PolicyName = Literal["predicted_cost", "least_outstanding", "power_of_two", "rou
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingPolicy:
-    """How a node is chosen. `panic_ratio`: with a smaller share of nodes eligible, evidence is ignored."""
+    """How a node is chosen. `panic_ratio`: with a smaller share of nodes eligible, evidence is ignored.
+
+    `share_interval_s`: how often balancers with one Redis tell each other what they sent where; 0 is never.
+    """
 
     policy: PolicyName = "least_outstanding"
     panic_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
+    share_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.2
 
 
 @dataclass(frozen=True, slots=True)

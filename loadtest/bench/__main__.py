@@ -40,7 +40,7 @@ def main() -> int:
     try:
         for row in rows:
             results.append(Result(row=row))
-            _measure(bench, results[-1], options.rounds if options.quick else max(options.rounds, row.rounds_at_least))
+            _measure(bench, results[-1], _rounds(row, options))
             print("\n".join(report.lines(results[-1])) + "\n", flush=True)
     except KeyboardInterrupt:
         print("interrupted; what was measured until now is kept")
@@ -85,6 +85,11 @@ def _bench(options: argparse.Namespace) -> Bench:
     processes.stay_on(cores.load)
     known = {proxy.name: proxy for proxy in (Nginx(), Balancer(options.balancer_command))}
     return Bench(programs=made, cores=cores, timing=timing, proxies=known, profile=options.profile)
+
+
+def _rounds(row: Row, options: argparse.Namespace) -> int:
+    wanted: int = options.rounds if options.quick else max(options.rounds, row.rounds_at_least)
+    return wanted if row.rounds_at_most is None else min(wanted, row.rounds_at_most)
 
 
 def _measure(bench: Bench, result: Result, rounds: int) -> None:

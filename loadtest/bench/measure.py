@@ -4,6 +4,7 @@ import contextlib
 import json
 import select
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from loadtest.bench.proxies import Place, Proxy
 from loadtest.bench.rows import EVENTS_PER_S, Cell, Traffic
 
 FIRST_IDLE_WITHIN_S = 120.0
+PICKS_WITHIN_S = 300.0
 
 
 class CellFailed(Exception):
@@ -69,6 +71,8 @@ class Bench:
 
     def missing(self, cell: Cell) -> str | None:
         """Why this cell cannot be measured here, or None."""
+        if cell.proxy == "routing":
+            return None
         needed = 2 * cell.traffic.connections + 100
         if cell.proxy != "direct" and (reason := self.proxies[cell.proxy].missing()):
             return reason
@@ -81,6 +85,8 @@ class Bench:
     def measure(self, cell: Cell) -> Sample:
         """One round. Raises CellFailed, or ProxyFailed with the proxy's own words."""
         try:
+            if cell.proxy == "routing":
+                return self._picks(cell)
             with contextlib.ExitStack() as stack:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu-balancer-bench-"))
                 return self._measure(cell, Path(folder), stack)
@@ -111,6 +117,15 @@ class Bench:
             return self._idle(cell, stand) if cell.traffic.mode == "idle" else self._under_load(cell, stand)
         except CellFailed as error:
             raise CellFailed(f"{error} | its log: {proxies.log_end(place)}") from error
+
+    def _picks(self, cell: Cell) -> Sample:
+        """The routing alone, in a process on the proxy's core."""
+        words = [sys.executable, "-m", "loadtest.bench.picks", "--nodes", str(cell.setup.nodes)]
+        words += ["--prompt-bytes", str(cell.traffic.body_bytes)]
+        if cell.traffic.mode == "pick-memory":
+            words += ["--memory", "--picks", "100000"]
+        with processes.running(words, core=self.cores.proxy, output=subprocess.PIPE) as process:
+            return Sample(figures=_json_line(process, PICKS_WITHIN_S))
 
     def _under_load(self, cell: Cell, stand: _Stand) -> Sample:
         traffic = cell.traffic

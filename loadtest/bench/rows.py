@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Mode = Literal["closed", "open", "stream", "idle", "startup"]
+# `pick` and `pick-memory` ask the routing alone, in a process of its own: there is no proxy and no load.
+Mode = Literal["closed", "open", "stream", "idle", "startup", "pick", "pick-memory"]
 EVENTS_PER_S = 20.0  # of one stream: 50 ms between tokens, a busy 7B to 70B model
 KIB = 1024
 
@@ -36,7 +37,7 @@ class Cell:
     """One proxy under one load."""
 
     label: str
-    proxy: Literal["direct", "nginx", "balancer"]
+    proxy: Literal["direct", "nginx", "balancer", "routing"]
     traffic: Traffic = Traffic()
     setup: Setup = Setup()
 
@@ -66,6 +67,7 @@ class Row:
     targets: tuple[Target, ...] = ()
     above: str | None = None  # figures are told as what they add to this cell's
     rounds_at_least: int = 1
+    rounds_at_most: int | None = None
 
 
 # Unit and decimals of every figure a measurement may give.
@@ -76,6 +78,8 @@ FIGURES = {
     "p99_us": ("µs p99", 0),
     "kib_per_stream": ("KiB/stream", 2),
     "startup_s": ("s to first answer", 3),
+    "us_per_pick": ("µs CPU/pick", 1),
+    "kib_grown": ("KiB kept of 100,000 picks", 0),
 }
 
 
@@ -170,6 +174,45 @@ def _nodes() -> Row:
     )
 
 
+def _picks() -> list[Row]:
+    """`predicted_cost` alone: the pick and its booking, with the prompt's hashes where it is long enough for any."""
+
+    def cell(label: str, nodes: int, body_bytes: int, mode: Mode = "pick") -> Cell:
+        return Cell(
+            label=label, proxy="routing", traffic=Traffic(mode=mode, body_bytes=body_bytes), setup=Setup(nodes=nodes)
+        )
+
+    def at_most(label: str, limit: float, moonshot: float | None = None) -> Target:
+        return Target(figure="us_per_pick", of=label, over=None, at_most=limit, moonshot=moonshot)
+
+    sizes = Row(
+        name="pick",
+        title="a pick of predicted_cost, and its booking",
+        figures=("us_per_pick",),
+        cells=(
+            cell("8 nodes", 8, 0),
+            cell("8, 10 KB", 8, 10 * KIB),
+            cell("50 nodes", 50, 0),
+            cell("1000 nodes", 1000, 0),
+        ),
+        targets=(
+            at_most("8 nodes", 25, 12),
+            at_most("8, 10 KB", 40),
+            at_most("50 nodes", 60),
+            at_most("1000 nodes", 60),
+        ),
+    )
+    memory = Row(
+        name="pick-memory",
+        title="what 100,000 picks of predicted_cost leave behind (8 nodes, 10 KB)",
+        figures=("kib_grown",),
+        cells=(cell("routing", 8, 10 * KIB, "pick-memory"),),
+        rounds_at_most=1,  # a minute, in which nothing is left to chance
+        targets=(Target(figure="kib_grown", of="routing", over=None, at_most=256),),
+    )
+    return [sizes, memory]
+
+
 def all_rows(idle_streams: int = 5000) -> list[Row]:
     """Every row, in the order they are measured."""
     startup = Row(
@@ -180,4 +223,4 @@ def all_rows(idle_streams: int = 5000) -> list[Row]:
         targets=(Target(figure="startup_s", of="balancer", over=None, at_most=1.0),),
         rounds_at_least=5,
     )
-    return [*_unary(), *_streams(idle_streams), _latency(200), _latency(1000), *_cache(), _nodes(), startup]
+    return [*_unary(), *_streams(idle_streams), _latency(200), _latency(1000), *_cache(), _nodes(), *_picks(), startup]

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(str(error), 1)
     if args.plot is not None and not plot.available():
-        return _complain("--plot needs matplotlib, which is not installed (pip install matplotlib)", 1)
+        return _complain("--plot needs matplotlib, which is not installed (pip install 'gpu-balancer[plot]')", 1)
     if not arrivals:
         return _complain("--trace: no requests in it", 2)
     rate_scale = args.rate_scale

@@ -28,7 +28,7 @@ def draw(runs: Sequence[Figures], path: Path) -> None:
     Raises NoPlot, and OSError when the file cannot be written.
     """
     if not available():
-        raise NoPlot("--plot needs matplotlib, which is not installed (pip install matplotlib)")
+        raise NoPlot("--plot needs matplotlib, which is not installed (pip install 'gpu-balancer[plot]')")
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")

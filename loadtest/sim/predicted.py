@@ -103,6 +103,7 @@ def share(balancers: Sequence[Predicted], now: float) -> None:
                 tokens=sum(other.tokens for other in others),
                 context=sum(other.context for other in others),
                 requests=sum(other.requests for other in others),
+                read=sum(other.read for other in others),
             )
             target.books.shared(together, now)
         for at, placed in enumerate(placements):

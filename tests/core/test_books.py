@@ -217,7 +217,7 @@ def test_a_unary_prompt_leaves_by_the_nodes_own_pace() -> None:
 
     assert books.outstanding(now + 0.9).tokens == 1500
     assert books.outstanding(now + 1.0).tokens == 500
-    assert books.outstanding(now + 1.6) == Outstanding(tokens=0, context=1500, requests=2)
+    assert books.outstanding(now + 1.6) == Outstanding(tokens=0, context=1500, requests=2, read=MIN_SAMPLES * 1000)
 
 
 def test_a_later_first_token_takes_off_the_unary_prompts_before_it() -> None:
@@ -370,9 +370,41 @@ def test_others_prompts_are_ahead_of_ours_and_their_time_is_not_charged_to_us() 
     assert books.backlog_s(now) == pytest.approx(4.0)
     assert books.backlog_s(now + 3.0) < 3.0  # not overdue: theirs are ahead
 
-    books.shared(Outstanding(tokens=3000, context=3000, requests=3), now + 4.0)
+    books.shared(Outstanding(tokens=0, context=3000, requests=3, read=3000), now + 4.0)
     books.first_token(sent, now + 4.0)
     assert books.s_per_token == pytest.approx(0.001)
+
+
+def test_what_a_node_read_of_others_before_our_prompt_came_teaches_nothing() -> None:
+    books, now = trained(0.001)
+    books.shared(Outstanding(read=50_000), now)
+    assert read(books, 1000, 1.0, now) == now + 1.0
+    assert books.s_per_token == pytest.approx(0.001)
+
+
+def test_the_pace_is_right_however_many_others_send_to_the_node() -> None:
+    """Prompts of four balancers take turns; what the others' have been read is told now and then, and late."""
+    books, now = trained(0.001)
+    theirs = told = 0
+    sent = [books.dispatched(stream(500), 0, now) for _ in range(40)]
+    for number, mine in enumerate(sent):
+        now += 4 * 0.5
+        theirs += 3 * 500
+        if number % 3 == 0:
+            told = theirs - 1500
+        books.shared(Outstanding(tokens=100, context=100, requests=1, read=told), now)
+        books.first_token(mine, now)
+    assert books.s_per_token == pytest.approx(0.001, rel=0.05)
+
+
+def test_where_only_reports_tell_of_others_their_prompts_are_taken_to_be_mixed_with_ours() -> None:
+    books, now = trained(0.001)
+    books.reported(report(running=0.0, queue_depth=3.0), now, now)
+    assert books.others is not None
+    sent = books.dispatched(stream(1000), 0, now)
+    ahead = books.others.tokens
+    books.first_token(sent, now + 0.001 * (1000 + ahead))
+    assert books.s_per_token == pytest.approx(0.001, rel=0.1)
 
 
 def test_an_engines_counters_teach_the_pace_where_no_first_token_does() -> None:
