@@ -197,7 +197,7 @@ class Verdicts:
             request_id=request.id,
             tenant=request.tenant.id,
             model=request.model,
-            deaths=account.present,
+            deaths=len(account.present),
             nodes=[failure.node for failure in account.failures],
             for_s=self._ledger.keep_s,
         )

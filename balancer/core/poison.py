@@ -94,9 +94,9 @@ class Failure:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one request has met so far. `inherited`: deaths under equal requests before it."""
+    """What one request has met so far. `inherited`: nodes that died under equal requests before it."""
 
-    inherited: int = 0
+    inherited: frozenset[NodeId] = frozenset()
     failures: list[Failure] = field(default_factory=list)
     cleared: int = 0  # of the failures: a node has read its prompt since then, and lived
 
@@ -106,19 +106,19 @@ class Account:
         return sum(failure.charged for failure in self.failures[self.cleared :])
 
     @property
-    def present(self) -> int:
+    def present(self) -> frozenset[NodeId]:
         """Nodes that died while it, or an equal request, was there."""
-        return self.inherited + sum(failure.present for failure in self.failures)
+        return self.inherited.union(failure.node for failure in self.failures if failure.present)
 
     @property
     def is_suspect(self) -> bool:
         """Whether a node may have died of it, so that it must have the next one to itself."""
-        return self.present > 0
+        return bool(self.present)
 
     @property
     def is_spent(self) -> bool:
         """Whether it goes to no further node."""
-        return self.deaths >= DEATHS or self.present >= PRESENT
+        return self.deaths >= DEATHS or len(self.present) >= PRESENT
 
     @property
     def settled_s(self) -> float:
@@ -135,7 +135,7 @@ class Account:
         Never where the nodes fail so often that some request had to meet this. Deaths speak for themselves; other
         failures only where each of the nodes answered others in that time: else they stay on the nodes' books.
         """
-        if len({failure.node for failure in self.failures}) + self.inherited < DEATHS:
+        if len(self.inherited.union(failure.node for failure in self.failures)) < DEATHS:
             return False
         seen = max(1, sum(failure.requests for failure in self.failures))
         if seen * math.prod(failure.chance for failure in self.failures) > EXPECTED_BY_CHANCE:
@@ -222,7 +222,7 @@ _NOBODY: dict[Account, float] = {}
 class _Mark:
     """What is remembered of one fingerprint."""
 
-    present: int  # nodes that died while it was there
+    present: frozenset[NodeId]  # nodes that died while it was there
     is_verdict: bool
     until_s: float
 
@@ -242,21 +242,21 @@ class Ledger:
         kept = self._kept(mark, now)
         return kept.until_s - now if kept is not None and kept.is_verdict else 0.0
 
-    def present(self, mark: str, now: float) -> int:
+    def present(self, mark: str, now: float) -> frozenset[NodeId]:
         """Nodes that died while an equal request was there."""
         kept = self._kept(mark, now)
-        return kept.present if kept is not None else 0
+        return kept.present if kept is not None else frozenset()
 
-    def died(self, mark: str, present: int, now: float) -> None:
-        """So many nodes died with this request there by now. Requests at the same time do not add up."""
+    def died(self, mark: str, present: frozenset[NodeId], now: float) -> None:
+        """These nodes died with this request there by now. Requests at the same time do not add up."""
         kept = self._kept(mark, now)
         if kept is None or not kept.is_verdict:
-            most = present if kept is None else max(present, kept.present)
+            most = present if kept is None else max(present, kept.present, key=len)
             self._keep(mark, _Mark(most, False, now + self.keep_s))
 
     def condemn(self, mark: str, now: float, for_s: float | None = None) -> None:
         """Equal requests are refused from now on, for a while."""
-        self._keep(mark, _Mark(PRESENT, True, now + (self.keep_s if for_s is None else for_s)))
+        self._keep(mark, _Mark(frozenset(), True, now + (self.keep_s if for_s is None else for_s)))
 
     def answered(self, mark: str) -> None:
         """An equal request was answered well: it kills nobody."""

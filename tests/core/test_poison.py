@@ -124,7 +124,7 @@ def test_a_suspect_that_outlives_its_hold_is_cleared_of_its_death() -> None:
     quarantine.enter(B, account, reading_s=0.1, nodes=3, now=100.0)
     quarantine.charge(B, Account(), sent_s=99.0, now=105.0)
     assert account.deaths == 0
-    assert account.present == 1
+    assert account.present == {A}
     assert not account.is_spent
 
 
@@ -149,7 +149,7 @@ def test_two_deaths_on_its_account_or_three_in_its_presence_are_enough() -> None
     unclear = [death(node, charged=False) for node in (A, B)]
     assert not Account(failures=unclear).is_spent
     assert Account(failures=[*unclear, death(C, charged=False)]).is_spent
-    assert Account(inherited=2, failures=[death(C, charged=False)]).is_spent
+    assert Account(inherited=frozenset({A, B}), failures=[death(C, charged=False)]).is_spent
 
 
 def test_two_deaths_condemn_a_request_even_on_nodes_that_did_nothing_else() -> None:
@@ -174,6 +174,12 @@ def test_a_request_that_nodes_fail_by_chance_is_not_condemned(ratio: float) -> N
     assert not account.condemns([100.0] * 3)
 
 
+def test_a_node_that_breaks_every_stream_condemns_nobody_however_often_it_is_asked() -> None:
+    account = Account(inherited=frozenset({A}), failures=[death(A, charged=False) for _ in range(5)])
+    assert not account.is_spent
+    assert not account.condemns([100.0] * 5)
+
+
 def test_one_node_is_not_enough_to_condemn() -> None:
     account = Account(failures=[failure(A, requests=1000), failure(A, requests=1000)])
     assert not account.condemns([100.0, 100.0])
@@ -195,25 +201,26 @@ def test_a_verdict_stands_for_its_time() -> None:
 def test_deaths_of_equal_requests_at_the_same_time_do_not_add_up() -> None:
     ledger = Ledger()
     for _ in range(5):
-        ledger.died("x", 1, 100.0)
-    assert ledger.present("x", 101.0) == 1
-    ledger.died("x", 2, 102.0)
-    assert ledger.present("x", 103.0) == 2
+        ledger.died("x", frozenset({A}), 100.0)
+    ledger.died("x", frozenset({B}), 100.0)
+    assert len(ledger.present("x", 101.0)) == 1
+    ledger.died("x", frozenset({A, B}), 102.0)
+    assert ledger.present("x", 103.0) == {A, B}
     assert ledger.verdict_for_s("x", 103.0) == 0.0
 
 
 def test_an_equal_request_that_was_answered_clears_the_account() -> None:
     ledger = Ledger()
-    ledger.died("x", 1, 100.0)
+    ledger.died("x", frozenset({A}), 100.0)
     ledger.answered("x")
-    assert ledger.present("x", 100.0) == 0
+    assert not ledger.present("x", 100.0)
     assert not len(ledger)
 
 
 def test_a_verdict_is_not_weakened_by_a_death_that_was_under_way() -> None:
     ledger = Ledger()
     ledger.condemn("x", 100.0)
-    ledger.died("x", 1, 101.0)
+    ledger.died("x", frozenset({A}), 101.0)
     assert ledger.verdict_for_s("x", 101.0) > 0.0
 
 
