@@ -164,7 +164,7 @@ class ResponseCache:
         if hit is None:
             self._misses += 1
             return None
-        self._bound_hits(request.tenant.id, now)
+        self.bound_hits(request.tenant.id, now)
         self._hits += 1
         self._metrics.gpu_seconds_saved.inc(hit.node_seconds)
         return hit
@@ -178,6 +178,11 @@ class ResponseCache:
         entry = encode(stream, kind, body, self._clock.wall(), took_s)
         self._store.put(plan.name, entry, plan.ttl_s)
         self._stored += 1
+
+    def saved(self, where: str, calls: int, node_seconds: float) -> None:
+        """So many upstream calls were not made because an equal one was in flight; what each would have taken."""
+        self._metrics.calls_saved.of(where).value += calls
+        self._metrics.gpu_seconds_saved.inc(calls * node_seconds)
 
     @property
     def max_entry_bytes(self) -> int:
@@ -213,7 +218,8 @@ class ResponseCache:
         age_s = max(0.0, self._clock.wall() - stored.stored_wall_s)
         return Hit(body, kind, request.stream, age_s, stored.node_seconds)
 
-    def _bound_hits(self, tenant: TenantId, now: float) -> None:
+    def bound_hits(self, tenant: TenantId, now: float) -> None:
+        """Count an answer that cost no request token. Raises RateLimited beyond `hits_per_second`."""
         bucket = self._hit_buckets.get(tenant)
         if bucket is None:
             rate = self._config.hits_per_second

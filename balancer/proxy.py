@@ -9,7 +9,7 @@ from typing import Any
 from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
-from balancer.errors import BalancerError, CacheMiss, Draining
+from balancer.errors import BalancerError, CacheMiss
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
 from balancer.log import EventWriter
@@ -59,7 +59,7 @@ class Proxy:
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""
         try:
-            if plan.read and self._replayed(await self._cache.lookup(plan, request), client):
+            if plan.read and await self._looked_up(plan, request, client):
                 return
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
@@ -69,9 +69,14 @@ class Proxy:
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
-            if not client.gone:  # cut by a shutdown
-                client.fail(Draining("this balancer was shut down before the answer was complete"))
+            client.cut_short()
             raise
+
+    async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> bool:
+        begun_s = self._clock.now()
+        hit = await self._cache.lookup(plan, request)
+        client.call.store_s = self._clock.now() - begun_s
+        return self._replayed(hit, client)
 
     @staticmethod
     def _replayed(hit: Hit | None, client: ClientStream) -> bool:
