@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from balancer.across import Followed, first_entry
 from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
-from balancer.cache import Plan, ResponseCache
+from balancer.cache import NO_PLAN, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core import cache_key
 from balancer.core.outcome import Outcome
@@ -481,6 +481,10 @@ class Flights:
         finally:
             if self._flights.get(key) is flight:
                 del self._flights[key]
+
+    async def fly_alone(self, request: InferenceRequest, client: ClientStream) -> None:
+        """Make a call that is neither shared nor kept. Raises BalancerError while nothing is out."""
+        await self._make(Flight(self._attempts, self._cache, self._clock, request, NO_PLAN, client))
 
     async def _carry(self, flight: Flight, plan: Plan, name: str | None) -> None:
         """Lead; where that fails before anything was handed on and others wait, one of them leads once more.

@@ -9,6 +9,7 @@ from typing import Any
 from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
+from balancer.embeddings import Embedder
 from balancer.errors import BalancerError, CacheMiss
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
@@ -30,6 +31,7 @@ class Proxy:
         self._cache = cache
         self._verdicts = verdicts
         self._flights = flights
+        self._embedder = Embedder(cache, flights, clock)
         self._clock = clock
         self._date = date
 
@@ -65,6 +67,9 @@ class Proxy:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
                 self._verdicts.check(request)
+            is_embeddings = request.endpoint.name == "embeddings" and self._embedder.covers(request, plan)
+            if is_embeddings and await self._embedder.serve(request, plan, client):
+                return
             await self._flights.fly(request, plan, client)
         except BalancerError as error:
             client.fail(error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from balancer.cache import Hit
 from balancer.clock import Clock
@@ -16,6 +16,8 @@ from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
 from balancer.wire.inbound import Flow, InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
+
+_C = TypeVar("_C", bound="ClientStream")
 
 
 class Head(Protocol):
@@ -62,6 +64,10 @@ class ClientStream:
     def gone(self) -> bool:
         """Whether the client has left."""
         return self._inbound.left
+
+    def beside(self, kind: type[_C]) -> _C:
+        """Another kind of client for the same request and record."""
+        return kind(self._inbound, self._request, self.call, self._clock, self._date)
 
     def hand_over(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         """Let `work` see this client to its end; the task that did so until now, which goes on by itself."""

@@ -124,6 +124,13 @@ class CoalesceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingsConfig:
+    """Vectors kept one by one."""
+
+    per_input: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     """The response cache."""
 
@@ -136,6 +143,7 @@ class CacheConfig:
     hits_per_second: Rate = 1000.0
     stale_if_error_s: Annotated[float, Field(ge=0)] = 0.0
     coalesce: CoalesceConfig = CoalesceConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     semantic: SemanticConfig = SemanticConfig()
 
 
