@@ -255,6 +255,10 @@ class Flight:
         """A shared flight came to nothing: all that still wait are told."""
         for passenger in self._passengers:
             passenger.fail(error)
+        self.disband()
+
+    def disband(self) -> None:
+        """It is over."""
         self._subscribers = []
 
     @property
@@ -481,6 +485,8 @@ class Flights:
         finally:
             if self._flights.get(key) is flight:
                 del self._flights[key]
+            if flight.is_shared:
+                flight.disband()
 
     async def fly_alone(self, request: InferenceRequest, client: ClientStream) -> None:
         """Make a call that is neither shared nor kept. Raises BalancerError while nothing is out."""

@@ -104,6 +104,7 @@ class Passenger:
         self._end()
 
     def _end(self) -> None:
+        self.client.unfollow()
         if not self._done.done():
             self._done.set_result(None)
 
@@ -122,4 +123,5 @@ class Passenger:
 
     def _left(self) -> None:
         self._flight.leave(self)
+        self.client.unfollow()
         self._done.cancel()

@@ -79,6 +79,10 @@ class ClientStream:
         self._inbound.on_left = on_left
         return self._inbound.connection.is_write_paused
 
+    def unfollow(self) -> None:
+        """It is served: what its connection does next is nobody's business here."""
+        self._inbound.flow = self._inbound.on_left = None
+
     def whole(self, answer: Delivered, body: bytes) -> None:
         """A complete answer, in one write."""
         self.call.status = answer.status

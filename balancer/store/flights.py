@@ -36,6 +36,7 @@ STREAM_BYTES = 1024 * 1024
 BLOCK_S, LATE_S = 0.25, 0.25
 # Flights of others that are read at once, a connection each; beyond it calls are not shared.
 READERS = 64
+POOL_S = 0.01
 # Entries taken in one read.
 READ_COUNT = 16
 
@@ -51,7 +52,7 @@ class Board:
             connection_pool=BlockingConnectionPool.from_url(
                 url,
                 max_connections=READERS,
-                timeout=LATE_S,
+                timeout=POOL_S,
                 socket_timeout=BLOCK_S + LATE_S,
                 socket_connect_timeout=LATE_S,
                 retry=Retry(NoBackoff(), 0),
