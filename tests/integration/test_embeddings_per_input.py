@@ -159,7 +159,9 @@ async def test_tokens_that_a_node_did_not_count_cost_nothing(node: FakeNode, ser
 
 
 @pytest.mark.real("redis")
-async def test_vectors_are_shared_through_redis(node: FakeNode, serve: Serve, redis_server: RedisServer) -> None:
+async def test_vectors_are_shared_through_redis(
+    node: FakeNode, serve: Serve, redis_server: RedisServer, patient_redis: None
+) -> None:
     settings = {"redis": {"url": redis_server.url, "timeout_s": 0.03}, **PER_INPUT}
     one, two = await serve(node, **settings), await serve(node, **settings)
     await embed(one, "one")
