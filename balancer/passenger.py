@@ -99,9 +99,10 @@ class Passenger:
         self._end()
 
     def fail(self, error: BalancerError) -> None:
-        """A bad end."""
-        self.client.fail(error)
-        self._end()
+        """A bad end; nothing for one that is served already."""
+        if not self._done.done():
+            self.client.fail(error)
+            self._end()
 
     def _end(self) -> None:
         self.client.unfollow()
