@@ -33,6 +33,7 @@ class Passenger:
         "_clock",
         "_done",
         "_flight",
+        "_is_served",
         "client",
         "deadline_s",
         "is_behind",
@@ -45,6 +46,7 @@ class Passenger:
         self._clock = clock
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._behind_bytes = 0
+        self._is_served = False
         self.client = client
         self.request = request
         self.deadline_s = request.deadline_s  # its own; the request of the one that leads gets the latest of all
@@ -100,11 +102,12 @@ class Passenger:
 
     def fail(self, error: BalancerError) -> None:
         """A bad end; nothing for one that is served already."""
-        if not self._done.done():
+        if not self._is_served:
             self.client.fail(error)
             self._end()
 
     def _end(self) -> None:
+        self._is_served = True
         self.client.unfollow()
         if not self._done.done():
             self._done.set_result(None)
