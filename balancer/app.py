@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from functools import partial, reduce
 from random import Random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from balancer.admission import Admission
 from balancer.attempts import Attempts
@@ -38,6 +38,9 @@ from balancer.wire.answer import AnswerLimits
 from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundLimits
 from balancer.wire.timers import TimerWheel
+
+if TYPE_CHECKING:
+    from balancer.store.flights import Board
 
 log = get_logger()
 
@@ -145,11 +148,13 @@ class App:
         self.sharing = self._make_sharing()
         self._follow_fleet()
         date = DateHeader()
-        flights = Flights(self.admission, self.attempts, self.cache)
+        self.flights = Flights(
+            self.admission, self.attempts, self.cache, clock, settings.cache.coalesce, self._make_board()
+        )
         self.port = DataPort(
             address=settings.listen,
             intake=self.intake,
-            proxy=Proxy(cache=self.cache, verdicts=self.verdicts, flights=flights, clock=clock, date=date),
+            proxy=Proxy(cache=self.cache, verdicts=self.verdicts, flights=self.flights, clock=clock, date=date),
             journal=Journal(self.metrics, self.ring, self.registry, clock, self._write_event),
             registry=self.registry,
             limits=_inbound_limits(settings),
@@ -232,6 +237,16 @@ class App:
             rng=self._rng,
         )
 
+    def _make_board(self) -> Board | None:
+        """Where calls are shared with other balancers; there has to be a Redis that they share."""
+        if self._settings.redis.url is None:
+            return None
+        from balancer.store.flights import Board
+        from balancer.store.redis import RedisStore
+
+        assert isinstance(self.store, RedisStore)
+        return Board(self.store, self._settings.redis.url, self._clock)
+
     # -- life
 
     async def start(self) -> None:
@@ -273,6 +288,7 @@ class App:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for watcher in reversed(self._watchers):
             await watcher.close()
+        await self.flights.close()
         self.attempts.close()
         await self.store.close()
         self.wheel.close()
@@ -303,7 +319,9 @@ class App:
         self.port.close_listener()
         await _wait_for(at_once, SETTLE_S)  # the last connections get to send their request
         deadline_s = self._clock.now() + timeouts.drain_s
-        while self.port.working() and not at_once.is_set() and self._clock.now() < deadline_s:
+        while (
+            (self.port.working() or self.flights.is_wanted) and not at_once.is_set() and self._clock.now() < deadline_s
+        ):
             await _wait_for(at_once, 0.02)
         cut = self.port.cut_all()
         if cut:
@@ -337,6 +355,7 @@ class App:
         self.intake.configure(new, auth)
         self.port.revision += 1
         self.cache.configure(new.cache, self.intake.rules)
+        self.flights.configure(new.cache.coalesce)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
         self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
         self.hedging.configure(new.hedge, self.intake.rules)

@@ -178,6 +178,10 @@ class Attempts:
             return attempt
         return await self._again(request, call, attempt)
 
+    def is_condemned(self, request: InferenceRequest) -> bool:
+        """Whether it goes to no further node, in whose name whatsoever: nodes died of it."""
+        return self._verdicts.is_condemned(request)
+
     def forget_body(self, request: InferenceRequest) -> None:
         """The request will not be sent again."""
         self._verdicts.remember(request)
@@ -275,6 +279,7 @@ class Attempts:
             json_only=not endpoint.binary,
             deadline_s=request.deadline_s,
         )
+        request.extend = answer.extend
         attempt = Attempt(self, slot, answer, request, call, now)
         if request.stream and (slot.sent is not None or request.account is not None):
             answer.on_first_token = attempt.first_token

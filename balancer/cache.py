@@ -6,14 +6,15 @@ memory, or Redis, shared by all balancers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from balancer.clock import Clock
-from balancer.core import cache_key, convert
+from balancer.core import cache_key, convert, embeddings
 from balancer.core.request import CacheMode, Dialect, InferenceRequest, TenantId
 from balancer.core.token_bucket import TokenBucket
 from balancer.errors import RateLimited
@@ -35,6 +36,7 @@ class Plan:
     write: bool
     ttl_s: float
     reason: str
+    inputs: list[str] | None = None  # names of the vectors in an answer to an embeddings request, where they are kept
 
 
 @dataclass(slots=True)
@@ -79,7 +81,8 @@ class Hit:
     node_seconds: float
 
 
-_NO_PLAN = Plan(None, False, False, 0.0, "disabled")
+# What is neither looked up nor stored.
+NO_PLAN = Plan(None, False, False, 0.0, "disabled")
 
 
 class ResponseCache:
@@ -116,28 +119,35 @@ class ResponseCache:
         """Whether this request may share an answer, and under which key."""
         config = self._config
         if not config.enabled:
-            return _NO_PLAN
+            return NO_PLAN
         rule = self._models.get(request.model)
         reason = cache_key.not_cacheable(
             request, everything=config.cacheable == "all", rule=rule.cacheable if rule else None
         )
         if reason is not None:
             return Plan(None, False, False, 0.0, reason)
+        scope, key = self._scope_and_key(request, request.body, request.parsed)
+        ttl_s = request.wishes.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
+        name = cache_key.answer_name(scope, request.model, key)
+        return Plan(name, request.wishes.cache_mode is not CacheMode.REFRESH, True, ttl_s, "")
+
+    def _scope_and_key(
+        self, request: InferenceRequest, body: bytes, parsed: dict[str, Any] | None
+    ) -> tuple[TenantId | None, str]:
+        rule = self._models.get(request.model)
+        scope = None if self._config.shared_between_tenants else request.tenant.id
         key = cache_key.derive(
-            tenant=None if config.shared_between_tenants else request.tenant.id,
+            tenant=scope,
             endpoint=request.endpoint.path,
             query=request.query,
             model=request.model,
             revision=rule.revision if rule else None,
             headers=request.forward,
-            body=request.body,
-            parsed=request.parsed,
+            body=body,
+            parsed=parsed,
             exact=request.is_exact,
         )
-        ttl_s = request.wishes.cache_ttl_s or (rule.ttl_s if rule and rule.ttl_s else config.ttl_s)
-        scope = None if config.shared_between_tenants else request.tenant.id
-        name = cache_key.answer_name(scope, request.model, key)
-        return Plan(name, request.wishes.cache_mode is not CacheMode.REFRESH, True, ttl_s, "")
+        return scope, key
 
     @property
     def is_local(self) -> bool:
@@ -164,7 +174,7 @@ class ResponseCache:
         if hit is None:
             self._misses += 1
             return None
-        self._bound_hits(request.tenant.id, now)
+        self.bound_hits(request.tenant.id, now)
         self._hits += 1
         self._metrics.gpu_seconds_saved.inc(hit.node_seconds)
         return hit
@@ -178,6 +188,43 @@ class ResponseCache:
         entry = encode(stream, kind, body, self._clock.wall(), took_s)
         self._store.put(plan.name, entry, plan.ttl_s)
         self._stored += 1
+        if plan.inputs is not None:
+            self.store_inputs(plan, plan.inputs, body)
+
+    # -- vectors, one by one
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether vectors are kept one by one."""
+        return self._config.embeddings.per_input
+
+    def input_names(self, request: InferenceRequest, inputs: Sequence[Any]) -> list[str]:
+        """Where the vector of each input of an embeddings request is kept."""
+        assert request.parsed is not None
+        rest = {name: value for name, value in request.parsed.items() if name != "input"}
+        scope, base = self._scope_and_key(request, b"", rest)
+        return [cache_key.answer_name(scope, request.model, digest) for digest in embeddings.digests(base, inputs)]
+
+    async def entries(self, names: Sequence[str], within_s: float) -> list[bytes | None]:
+        """What is kept under these names; all None where it is not known in time."""
+        if self._memory is not None:
+            return [self._memory.peek(name) for name in names]
+        try:
+            async with asyncio.timeout(within_s):
+                return await asyncio.gather(*[self._store.get(name) for name in names])
+        except TimeoutError:
+            return [None] * len(names)
+
+    def store_inputs(self, plan: Plan, names: Sequence[str], body: bytes) -> None:
+        """Keep each vector of a whole good answer, where they can be told apart; returns at once."""
+        for name, entry in zip(names, embeddings.entries_of(body, names, self._clock.wall()) or (), strict=False):
+            if len(entry) <= self._config.max_entry_bytes:
+                self._store.put(name, entry, plan.ttl_s)
+
+    def saved(self, where: str, calls: int, node_seconds: float) -> None:
+        """So many upstream calls were not made because an equal one was in flight; what each would have taken."""
+        self._metrics.calls_saved.of(where).value += calls
+        self._metrics.gpu_seconds_saved.inc(calls * node_seconds)
 
     @property
     def max_entry_bytes(self) -> int:
@@ -213,7 +260,8 @@ class ResponseCache:
         age_s = max(0.0, self._clock.wall() - stored.stored_wall_s)
         return Hit(body, kind, request.stream, age_s, stored.node_seconds)
 
-    def _bound_hits(self, tenant: TenantId, now: float) -> None:
+    def bound_hits(self, tenant: TenantId, now: float) -> None:
+        """Count an answer that cost no request token. Raises RateLimited beyond `hits_per_second`."""
         bucket = self._hit_buckets.get(tenant)
         if bucket is None:
             rate = self._config.hits_per_second

@@ -33,6 +33,7 @@ class Call:
         "received_s",
         "sent_s",
         "status",
+        "store_s",
         "stream",
         "tenant",
     )
@@ -51,6 +52,7 @@ class Call:
         self.attempts_begun = 0
         self.panic = False
         self.queue_s = 0.0
+        self.store_s = 0.0  # waited for the shared store to look an answer up
         self.overhead_s = 0.0  # from accept to then, without waiting in the queue
         self.sent_s = 0.0  # when the first attempt's request was written
         self.first_token_s = 0.0

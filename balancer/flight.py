@@ -1,42 +1,100 @@
 """An upstream call, owned by itself: clients subscribe to it, and the last one to leave cancels it.
 
-One client subscribes today; sharing between equal requests will add more. A client's leaving, a retry and the
-cache write each have their one place here already.
+Equal cacheable requests share one. It runs in the task of the client that began it, until a second one joins: then
+that task is the flight's own, and each client waits in another (`passenger.Passenger`).
 """
 
 from __future__ import annotations
 
+import asyncio
+from typing import TYPE_CHECKING
+
+from balancer.across import Followed, first_entry
 from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
-from balancer.cache import Plan, ResponseCache
+from balancer.cache import NO_PLAN, Plan, ResponseCache
+from balancer.clock import Clock
+from balancer.core import cache_key
 from balancer.core.outcome import Outcome
-from balancer.core.request import InferenceRequest
-from balancer.explain import Call
-from balancer.relay import ClientStream, note_tokens
+from balancer.core.request import CacheMode, InferenceRequest
+from balancer.errors import BalancerError, ClientError, Draining, RateLimited, Truncated
+from balancer.log import get_logger
+from balancer.passenger import Passenger
+from balancer.relay import ClientStream, Delivered, note_tokens
+from balancer.settings import CoalesceConfig
+from balancer.store.entries import BAD, BEGIN, DATA, END, GOOD, RENEW_S, Entry
 from balancer.wire.answer import Answer
 from balancer.wire.sse import all_parse
 
+if TYPE_CHECKING:
+    from balancer.store.flights import Board, Lease
+
+# Who joins late is sent what came so far in one piece, at most this much (see `passenger.BEHIND_BYTES`). A flight
+# that has gone further is joined by nobody.
+JOIN_BYTES = 768 * 1024
+
+# Look-up and claim together wait no longer than this for Redis: a rate limit's 10 ms come on top.
+STORE_S = 0.02
+# Calls of other balancers that a flight waits for before it makes its own.
+FOLLOWED = 2
+
+log = get_logger()
+
 
 class Flight:
-    """One call on behalf of its subscribers. Runs in the task of the client that began it."""
+    """One call on behalf of its subscribers."""
 
-    __slots__ = ("_attempts", "_cache", "_collected", "_collected_bytes", "_plan", "_request", "_subscribers", "call")
+    __slots__ = (
+        "_answer",
+        "_attempts",
+        "_cache",
+        "_clock",
+        "_collected",
+        "_collected_bytes",
+        "_is_stopped",
+        "_lease",
+        "_plan",
+        "_subscribers",
+        "_task",
+        "call",
+        "client",
+        "is_good",
+        "is_shared",
+        "is_wanted",
+        "request",
+        "tokens",
+    )
 
     def __init__(
-        self, attempts: Attempts, cache: ResponseCache, request: InferenceRequest, plan: Plan, call: Call
+        self,
+        attempts: Attempts,
+        cache: ResponseCache,
+        clock: Clock,
+        request: InferenceRequest,
+        plan: Plan,
+        client: ClientStream,
     ) -> None:
         self._attempts = attempts
         self._cache = cache
-        self._request = request
+        self._clock = clock
         self._plan = plan
-        self._subscribers: list[ClientStream] = []
+        self._answer: Delivered | None = None  # once it is handed on as it comes
+        self._subscribers: list[ClientStream | Passenger] = [client]
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
-        self.call = call
+        self._is_stopped = False  # no passenger reads
+        self._task: asyncio.Task[None] | None = None  # that it runs in, once it is shared
+        self._lease: Lease | None = None  # where other balancers may share it
+        self.is_wanted = False  # and do
+        self.is_good = False  # it came to a good end
+        self.is_shared = False
+        self.request = request  # of the client in whose name it is made, and
+        self.client = client
+        self.call = client.call
+        self.tokens: tuple[int, int] | None = None  # prompt and completion, as the node counted them
 
-    def subscribe(self, client: ClientStream) -> None:
-        """From now on this client gets what the call gives."""
-        self._subscribers.append(client)
+    def __len__(self) -> int:
+        return len(self._subscribers)
 
     def write(self, data: bytes) -> None:
         """More of the committed answer (`wire.answer.Sink`)."""
@@ -44,42 +102,56 @@ class Flight:
             self._collect(data)
         for client in self._subscribers:
             client.write(data)
+        if self._lease is not None:
+            self._lease.write(data)
 
     async def run(self) -> Outcome:
         """Carry the call to its end, good or bad. Raises BalancerError while nothing was handed to anyone."""
-        attempt = await self._attempts.first_byte(self._request, self.call)
+        attempt = await self._attempts.first_byte(self.request, self.call)
         with attempt:
             answer = attempt.answer
             self.call.node = attempt.node.id
+            if self.is_shared:
+                self._name_node()
+                answer.extend(self.request.deadline_s)
             if answer.ended:
                 self._deliver_whole(attempt)
             else:
                 await self._relay(attempt)
-            note_tokens(self.call, answer)
+            self._note_tokens(answer)
             return attempt.outcome
 
     def _deliver_whole(self, attempt: Attempt) -> None:
         answer = attempt.answer
         attempt.settle()
-        body = answer.peek()
+        body = answer.take_held()
         if answer.outcome is Outcome.OK:
+            self.is_good = True
             self._store(answer, body)
+            self._count_saved(answer)
         for client in self._subscribers:
-            client.whole(answer)
+            client.whole(answer, body)
 
     async def _relay(self, attempt: Attempt) -> None:
-        answer = attempt.answer
+        self._answer = answer = attempt.answer
+        held = answer.take_held()
         if self._collected is not None:
-            self._collect(answer.peek())
+            self._collect(held)
         for client in self._subscribers:
-            client.begin(answer)
+            client.begin(answer, held)
+        if self.is_shared:
+            self.pace()
+        if self._lease is not None:
+            self._lease.begun()
         answer.relay_to(self)
-        self._attempts.forget_body(self._request)
+        self._attempts.forget_body(self.request)
         if not answer.ended:
             await answer.wait()
         attempt.settle()
         outcome = attempt.outcome
         if outcome is Outcome.OK:
+            self.is_good = True
+            self._count_saved(answer)
             for client in self._subscribers:
                 client.end()
             if self._collected is not None:
@@ -90,6 +162,225 @@ class Flight:
                 if answer.mid_event:
                     client.write(b"\n\n")
                 client.fail(error)
+
+    # -- sharing
+
+    def may_be_joined(self, request: InferenceRequest) -> bool:
+        """Whether an equal request gets the whole answer here, no later than if it was asked for alone."""
+        return (
+            self._collected is not None
+            and self._collected_bytes <= JOIN_BYTES
+            and (self._answer is None or self._answer.good)
+            and (bool(self._subscribers) or self.is_wanted if self.is_shared else not self.client.gone)
+            and self.request.wishes.priority.value <= request.wishes.priority.value
+        )
+
+    def join(self, request: InferenceRequest, client: ClientStream) -> Passenger:
+        """Take a client along: it gets what came so far, and then what comes."""
+        self.share()
+        client.call.cache = "coalesced"
+        passenger = Passenger(self, client, request, self._clock)
+        self._subscribers.append(passenger)
+        self._last_until(request.deadline_s)
+        if self._answer is not None:
+            assert self._collected is not None
+            client.call.node = self.call.node
+            passenger.begin(self._answer, b"".join(self._collected))
+            self.pace()
+        return passenger
+
+    def share(self) -> None:
+        """From now on its task is its own: the client that began it gets another."""
+        if self.is_shared:
+            return
+        self.is_shared = True
+        passenger = Passenger(self, self.client, self.request, self._clock)
+        self._subscribers[0] = passenger
+        self._is_stopped = passenger.is_behind
+        self._task = self.client.hand_over(passenger.ride_on())
+
+    def _last_until(self, deadline_s: float) -> None:
+        if deadline_s > self.request.deadline_s:
+            self.request.deadline_s = deadline_s
+            if isinstance(self._answer, Answer):
+                self._answer.extend(deadline_s)
+            elif self.request.extend is not None:
+                self.request.extend(deadline_s)
+
+    def leave(self, passenger: Passenger) -> None:
+        """A passenger wants nothing more; the last to leave cancels the call."""
+        self._subscribers = [other for other in self._subscribers if other is not passenger]
+        if not self._subscribers and self._task is not None and not self.is_wanted:
+            self._task.cancel()
+        else:
+            self.pace()
+
+    def pace(self) -> None:
+        """The node is read from while any passenger reads; those that fall behind are no reason to wait."""
+        if self._answer is None:
+            return
+        is_stopped = not self.is_wanted and all(passenger.is_behind for passenger in self._passengers)
+        if is_stopped != self._is_stopped:
+            self._is_stopped = is_stopped
+            if is_stopped:
+                self._answer.pause()
+            else:
+                self._answer.resume()
+
+    def lead_again(self, error: BalancerError) -> bool:
+        """Put another passenger in the place of the one whose call came to nothing, which gets the error.
+
+        False where nobody else waits, or nobody should try: the request itself is at fault, or kills nodes.
+        """
+        if isinstance(error, ClientError) and not isinstance(error, RateLimited):
+            return False
+        if self._attempts.is_condemned(self.request):
+            return False
+        waiting = [passenger for passenger in self._passengers if passenger.client is not self.client]
+        if not waiting:
+            return False
+        for passenger in self._passengers:
+            if passenger.client is self.client:
+                passenger.fail(error)
+        self._subscribers = [*waiting]
+        heir = waiting[0]
+        heir.request.account = self.request.account  # deaths on its account go on counting
+        self.request, self.client, self.call = heir.request, heir.client, heir.client.call
+        self.call.cache = "miss"
+        for passenger in waiting:
+            self._last_until(passenger.deadline_s)
+        return True
+
+    def fail(self, error: BalancerError) -> None:
+        """A shared flight came to nothing: all that still wait are told."""
+        for passenger in self._passengers:
+            passenger.fail(error)
+        self.disband()
+
+    def disband(self) -> None:
+        """It is over."""
+        self._subscribers = []
+
+    @property
+    def _passengers(self) -> list[Passenger]:
+        return [client for client in self._subscribers if isinstance(client, Passenger)]
+
+    def _name_node(self) -> None:
+        for passenger in self._passengers:
+            passenger.client.call.node = self.call.node
+
+    def _count_saved(self, answer: Answer) -> None:
+        if self.is_shared:
+            others = sum([passenger.client is not self.client for passenger in self._passengers])
+            self._cache.saved("process", others, answer.last_byte_s - answer.sent_s)
+
+    def _note_tokens(self, answer: Answer) -> None:
+        """What the answer teaches goes into one record, so that no token counts twice."""
+        if not self.is_shared:
+            note_tokens(self.call, answer)
+        else:
+            passengers = self._passengers
+            for passenger in passengers:
+                if answer.first_token_s:
+                    passenger.client.call.first_token_s = max(answer.first_token_s, passenger.joined_s)
+            calls = [passenger.client.call for passenger in passengers]
+            note_tokens(self.call if self.call in calls or not calls else calls[0], answer)
+        usage = answer.usage
+        if usage is not None and answer.outcome is Outcome.OK:
+            self.tokens = (usage.prompt, usage.completion)
+
+    # -- a call that another balancer makes
+
+    def follow(self, answer: Followed) -> None:
+        """Hand on what another balancer's flight gives; through `write` what follows."""
+        self._answer = answer
+        self.call.node = answer.node
+        self._name_node()
+        for client in self._subscribers:
+            client.begin(answer, b"")
+        self.pace()
+
+    def follow_whole(self, answer: Followed, body: bytes) -> None:
+        """Hand on the whole answer of another balancer's flight."""
+        self._count_followed()
+        for client in self._subscribers:
+            client.whole(answer, body)
+
+    def follow_to_end(self, error: BalancerError | None) -> None:
+        """The answer that another balancer's flight gave is over."""
+        assert isinstance(self._answer, Followed)
+        for passenger in self._passengers:
+            if self._answer.is_stream:
+                passenger.client.call.first_token_s = max(self._answer.began_s, passenger.joined_s)
+        if error is not None:
+            self.fail(error)
+            return
+        self._count_followed()
+        for client in self._subscribers:
+            client.end()
+
+    def _count_followed(self) -> None:
+        if self._subscribers:
+            self._cache.saved("replicas", 1, 0.0)
+            self._cache.saved("process", len(self._subscribers) - 1, 0.0)
+
+    def take(self, entry: Entry, now: float) -> bool:
+        """Hand on one entry of another's stream; False for its last, and for what should not be there."""
+        if entry.kind == BEGIN and self._answer is None:
+            answer = Followed.decode(entry.data, now)
+            if answer is not None:
+                self.follow(answer)
+            return answer is not None
+        if entry.kind == DATA and self._answer is not None:
+            self.write(entry.data)
+            return True
+        return False
+
+    async def is_read(self) -> None:
+        """Until a client here reads what comes from another balancer."""
+        if isinstance(self._answer, Followed):
+            await self._answer.readable.wait()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something was handed on."""
+        return self._answer is not None
+
+    # -- a call that other balancers may share (`store.flights.Source`)
+
+    def hold(self, lease: Lease | None) -> None:
+        """What is made from now on is to be had by other balancers."""
+        self._lease = lease
+
+    def cancel(self) -> None:
+        """The balancer is shut down."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def so_far(self) -> tuple[bytes, bytes] | None:
+        """How the answer begins, for other balancers, and what there is of it; None where it is not to be had."""
+        if self._answer is None or self._collected is None or self._collected_bytes > JOIN_BYTES:
+            return None
+        assert isinstance(self._answer, Answer)
+        head = self._answer.head
+        if head is None or head.status != 200:
+            return None
+        kind = head.content_type or b"application/json"
+        return first_entry(self._answer, kind, self.call.node), b"".join(self._collected)
+
+    def wanted_until(self, deadline_s: float | None) -> None:
+        """Other balancers want it until then, or no longer."""
+        self.is_wanted = deadline_s is not None
+        if deadline_s is not None:
+            if not self.is_shared and self.client.gone:
+                return
+            self.share()
+            self._last_until(deadline_s)
+            self.pace()
+        elif not self._subscribers and self._task is not None:
+            self._task.cancel()
+
+    # -- for the cache
 
     def _collect(self, data: bytes) -> None:
         assert self._collected is not None
@@ -106,7 +397,7 @@ class Flight:
             return  # what passed by unread was no JSON
         self._cache.store(
             self._plan,
-            self._request,
+            self.request,
             stream=answer.is_stream,
             kind=answer.head.content_type or b"application/json",
             body=_with_withheld(body, answer.withheld) if answer.is_stream else body,
@@ -122,29 +413,210 @@ def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:
     return body + b"".join(withheld) if end < 0 else body[:end] + b"".join(withheld) + body[end:]
 
 
+# Requests that may share a flight: the name of their answer, and the form in which they want it.
+Key = tuple[str, bool, bool]
+
+
 class Flights:
-    """Begins flights, each with its admission; where equal requests will meet."""
+    """Begins flights, each with its admission; where equal requests meet."""
 
-    __slots__ = ("_admission", "_attempts", "_cache")
+    __slots__ = ("_admission", "_attempts", "_board", "_cache", "_clock", "_config", "_flights")
 
-    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        attempts: Attempts,
+        cache: ResponseCache,
+        clock: Clock,
+        config: CoalesceConfig,
+        board: Board | None,
+    ) -> None:
         self._admission = admission
         self._attempts = attempts
         self._cache = cache
+        self._clock = clock
+        self._config = config
+        self._board = board  # where other balancers are met, if they are
+        self._flights: dict[Key, Flight] = {}  # that may be joined
+
+    def sizes(self) -> list[int]:
+        """How many clients each flight has that may be joined, the oldest first."""
+        return [len(flight) for flight in self._flights.values()]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether other balancers wait for a call that is made here."""
+        return any(flight.is_wanted for flight in self._flights.values())
+
+    async def close(self) -> None:
+        """End what only other balancers still want, and let go of connections."""
+        for flight in self._flights.values():
+            flight.cancel()
+        await asyncio.sleep(0)
+        if self._board is not None:
+            await self._board.close()
+
+    def configure(self, config: CoalesceConfig) -> None:
+        """New settings, for requests that come from now on."""
+        self._config = config
 
     async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
-        """Admit the request, make the call, deliver it. Raises BalancerError while nothing is out."""
-        call = client.call
-        admitted = await self._admission.admit(request, call)
-        client.lines += admitted.lines
+        """Join an equal call in flight; else admit the request and make the call. Deliver it.
+
+        Raises BalancerError while nothing is out.
+        """
+        if plan.name is None or not self._config.enabled:
+            await self._make(Flight(self._attempts, self._cache, self._clock, request, plan, client))
+            return
+        key = (plan.name, request.stream, request.wants_usage)
+        there = self._flights.get(key)
+        fresh = request.wishes.cache_mode is CacheMode.REFRESH
+        if there is not None and there.may_be_joined(request) and not fresh:
+            self._cache.bound_hits(request.tenant.id, self._clock.now())
+            await there.join(request, client).ride()
+            return
+        flight = self._flights[key] = Flight(self._attempts, self._cache, self._clock, request, plan, client)
+        name = None
+        if self._board is not None and self._config.across and there is None and not fresh:
+            form = f"{'s' if request.stream else 'u'}{request.wants_usage:d}{request.wishes.priority.value}"
+            name = cache_key.flight_name(cache_key.digest_of(plan.name), form)
         try:
-            flight = Flight(self._attempts, self._cache, request, plan, call)
-            flight.subscribe(client)
+            await self._carry(flight, plan, name)
+        finally:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+            if flight.is_shared:
+                flight.disband()
+
+    async def fly_alone(self, request: InferenceRequest, client: ClientStream) -> None:
+        """Make a call that is neither shared nor kept. Raises BalancerError while nothing is out."""
+        await self._make(Flight(self._attempts, self._cache, self._clock, request, NO_PLAN, client))
+
+    async def _carry(self, flight: Flight, plan: Plan, name: str | None) -> None:
+        """Lead; where that fails before anything was handed on and others wait, one of them leads once more.
+
+        Raises only while nobody shares the flight: passengers are told by it.
+        """
+        try:
+            try:
+                if name is None:
+                    await self._make(flight)
+                else:
+                    await self._meet(flight, plan, name)
+            except BalancerError as error:
+                if not flight.lead_again(error):
+                    raise
+                await self._make(flight)
+        except BalancerError as error:
+            if not flight.is_shared:
+                raise
+            flight.fail(error)
+        except asyncio.CancelledError:
+            if not flight.is_shared:
+                raise
+            flight.fail(Draining("this balancer was shut down before the answer was complete"))
+        except Exception:
+            if not flight.is_shared:
+                raise
+            log.exception("flight.crashed", request_id=flight.call.id)
+            flight.fail(BalancerError("an internal error; the log has the request's id"))
+
+    # -- among balancers
+
+    async def _meet(self, flight: Flight, plan: Plan, name: str) -> None:
+        """Have what another balancer's equal call gives, or make the call and let others have it."""
+        board, call = self._board, flight.call
+        assert board is not None
+        token = board.new_token()
+        holder = await self._claim(flight, name, token, STORE_S - call.store_s)
+        if holder:
+            self._cache.bound_hits(flight.request.tenant.id, self._clock.now())
+            flight.share()
+            result, call.cache = call.cache, "coalesced"
+            for _ in range(FOLLOWED):
+                is_over, holder = await self._follow(flight, plan, name, token, holder)
+                if is_over:
+                    return
+                if not holder:
+                    break
+            call.cache = result
+        if holder is None or holder:
+            await self._make(flight)
+            return
+        lease = board.lease(name, token, flight)
+        flight.hold(lease)
+        try:
+            await self._make(flight)
+        finally:
+            flight.hold(None)
+            lease.end(GOOD if flight.is_good else BAD)
+
+    async def _claim(self, flight: Flight, name: str, token: str, within_s: float) -> str | None:
+        assert self._board is not None
+        wanted_s = flight.request.deadline_s - self._clock.now()
+        return await self._board.claim(name, token, wanted_s=wanted_s, within_s=within_s)
+
+    async def _follow(self, flight: Flight, plan: Plan, name: str, token: str, holder: str) -> tuple[bool, str | None]:
+        """Hand on what the holder's flight gives: whether all is done, and else who holds it now, as `Board.claim`.
+
+        Nothing is done where its call failed before anything was handed on, or its balancer or Redis died till then.
+        """
+        board = self._board
+        assert board is not None
+        after, said_s = 0, self._clock.now()
+        now_held: str | None = holder
+        while True:
+            await flight.is_read()
+            entries = await board.read(name, holder, after, wait=now_held == holder)
+            for entry in entries or ():
+                after = entry.number
+                if not flight.take(entry, self._clock.now()):
+                    return await self._ended(flight, plan, name, token, entry)
+            if entries is None:
+                now_held = None
+            if now_held != holder and not entries:
+                break
+            if now_held == holder and self._clock.now() - said_s >= RENEW_S:
+                said_s = self._clock.now()
+                now_held = await self._claim(flight, name, token, STORE_S)  # what the old one said last comes first
+        if flight.has_begun:
+            flight.follow_to_end(Truncated("the answer broke off"))
+        elif now_held is None or not await self._deliver_stored(flight, plan):  # it may have ended without a word
+            return False, now_held
+        board.end(name, token, 1, GOOD)
+        return True, None
+
+    async def _ended(self, flight: Flight, plan: Plan, name: str, token: str, last: Entry) -> tuple[bool, str | None]:
+        """Another's flight is over. Where nothing was handed on, its answer is a stored one."""
+        assert self._board is not None
+        is_good = last.kind == END and last.data == GOOD
+        if flight.has_begun:
+            flight.follow_to_end(None if is_good else Truncated("the answer broke off"))
+        elif not (is_good and await self._deliver_stored(flight, plan)):
+            return False, await self._claim(flight, name, token, STORE_S)
+        self._board.end(name, token, 1, GOOD)  # in case it was taken over meanwhile
+        return True, None
+
+    async def _deliver_stored(self, flight: Flight, plan: Plan) -> bool:
+        hit = await self._cache.lookup(plan, flight.request)
+        if hit is None:
+            return False
+        kind, size = hit.content_type.decode("latin-1"), len(hit.body)
+        answer = Followed(kind, "", size, is_stream=hit.stream, now=self._clock.now())
+        flight.follow_whole(answer, hit.body)
+        return True
+
+    async def _make(self, flight: Flight) -> None:
+        """Admit the request in whose name the flight is made, and make the call."""
+        request, call = flight.request, flight.call
+        admitted = await self._admission.admit(request, call)
+        flight.client.lines += admitted.lines
+        try:
             if await flight.run() is Outcome.OK:
                 self._attempts.succeeded(request)
         finally:
             admitted.leave()
-            if call.prompt_tokens is not None:
-                self._admission.used(request, admitted, call.prompt_tokens, call.completion_tokens or 0)
+            if flight.tokens is not None:
+                self._admission.used(request, admitted, *flight.tokens)
             elif not call.node:
                 self._admission.used(request, admitted, 0, 0)  # no node worked for it: the estimate goes back

@@ -190,6 +190,9 @@ class Metrics:
         self.gpu_seconds_saved = Counter(
             "balancer_gpu_seconds_saved_total", "Time that nodes did not spend on answers served from the cache"
         )
+        self.calls_saved = Counter(
+            "balancer_calls_saved_total", "Upstream calls not made because an equal one was in flight", ("where",)
+        )
         self.event_loop_lag = Gauge("balancer_event_loop_lag_seconds", "How late the event loop ran its last timer")
         self.connections = Gauge("balancer_client_connections", "Open client connections")
         self.buffered = Gauge("balancer_buffered_bytes", "Bytes of request bodies held now")

@@ -9,7 +9,8 @@ from typing import Any
 from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
-from balancer.errors import BalancerError, CacheMiss, Draining
+from balancer.embeddings import Embedder
+from balancer.errors import BalancerError, CacheMiss
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
 from balancer.log import EventWriter
@@ -30,6 +31,7 @@ class Proxy:
         self._cache = cache
         self._verdicts = verdicts
         self._flights = flights
+        self._embedder = Embedder(cache, flights, clock)
         self._clock = clock
         self._date = date
 
@@ -59,19 +61,27 @@ class Proxy:
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""
         try:
-            if plan.read and self._replayed(await self._cache.lookup(plan, request), client):
+            if plan.read and await self._looked_up(plan, request, client):
                 return
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
                 self._verdicts.check(request)
+            is_embeddings = request.endpoint.name == "embeddings" and self._embedder.covers(request, plan)
+            if is_embeddings and await self._embedder.serve(request, plan, client):
+                return
             await self._flights.fly(request, plan, client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
-            if not client.gone:  # cut by a shutdown
-                client.fail(Draining("this balancer was shut down before the answer was complete"))
+            client.cut_short()
             raise
+
+    async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> bool:
+        begun_s = self._clock.now()
+        hit = await self._cache.lookup(plan, request)
+        client.call.store_s = self._clock.now() - begun_s
+        return self._replayed(hit, client)
 
     @staticmethod
     def _replayed(hit: Hit | None, client: ClientStream) -> bool:

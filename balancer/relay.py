@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
+
 from balancer.cache import Hit
 from balancer.clock import Clock
 from balancer.core.outcome import Outcome
 from balancer.core.request import InferenceRequest
-from balancer.errors import BalancerError
+from balancer.errors import BalancerError, Draining
 from balancer.explain import Call
 from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
-from balancer.wire.inbound import InboundRequest
+from balancer.wire.inbound import Flow, InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
+
+_C = TypeVar("_C", bound="ClientStream")
+
+
+class Head(Protocol):
+    """The part of a node's head that goes to clients."""
+
+    @property
+    def lines(self) -> bytes: ...
+
+
+class Delivered(Flow, Protocol):
+    """An answer as far as its delivery goes: a node's (`wire.answer.Answer`), or one that another balancer has."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def head(self) -> Head | None: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def is_stream(self) -> bool: ...
+    @property
+    def good(self) -> bool: ...
 
 
 class ClientStream:
@@ -37,16 +65,32 @@ class ClientStream:
         """Whether the client has left."""
         return self._inbound.left
 
-    def whole(self, answer: Answer) -> None:
+    def beside(self, kind: type[_C]) -> _C:
+        """Another kind of client for the same request and record."""
+        return kind(self._inbound, self._request, self.call, self._clock, self._date)
+
+    def hand_over(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Let `work` see this client to its end; the task that did so until now, which goes on by itself."""
+        return self._inbound.connection.hand_over(self._inbound, self.call, work)
+
+    def follow(self, flow: Flow, on_left: Callable[[], None]) -> bool:
+        """Tell `flow` from now on how this client reads, and `on_left` that it left; whether it is behind already."""
+        self._inbound.flow = flow
+        self._inbound.on_left = on_left
+        return self._inbound.connection.is_write_paused
+
+    def unfollow(self) -> None:
+        """It is served: what its connection does next is nobody's business here."""
+        self._inbound.flow = self._inbound.on_left = None
+
+    def whole(self, answer: Delivered, body: bytes) -> None:
         """A complete answer, in one write."""
-        body = answer.take_held()
         self.call.status = answer.status
         head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % len(body))
         self._inbound.send(head, body)
 
-    def begin(self, answer: Answer) -> None:
-        """Commit: the head and what was held back, in one write; later reads follow through `write`."""
-        held = answer.take_held()
+    def begin(self, answer: Delivered, held: bytes) -> None:
+        """Commit: the head and what there is so far, in one write; later reads follow through `write`."""
         self.call.status = answer.status
         self._sse = answer.is_stream
         self._begun = True
@@ -93,6 +137,11 @@ class ClientStream:
         else:
             self._inbound.cut()
 
+    def cut_short(self) -> None:
+        """The balancer is shut down before the answer is complete; nothing for a client that has left."""
+        if not self.gone:
+            self.fail(Draining("this balancer was shut down before the answer was complete"))
+
     def replay(self, hit: Hit) -> None:
         """A stored answer."""
         self.call.status = 200
@@ -119,7 +168,7 @@ class ClientStream:
         )
 
 
-def _lines(answer: Answer) -> bytes:
+def _lines(answer: Delivered) -> bytes:
     return answer.head.lines if answer.head is not None else b""
 
 

@@ -203,7 +203,7 @@ class DataPort:
         try:
             self._refuse_when_closing(request)
             if len(request.body) > LARGE_BODY_BYTES:
-                return self._finish(request, call, self._serve_large(request, call))
+                return self.finish(request, call, self._serve_large(request, call))
             inference = self._intake.understand(request, call.id)
             call.model, call.stream = inference.model, inference.stream
             work = self._proxy.begin(inference, request, call)
@@ -214,7 +214,7 @@ class DataPort:
             self._crashed(request, call)
         else:
             if work is not None:
-                return self._finish(request, call, work)
+                return self.finish(request, call, work)
         self._journal.close(call)
         return None
 
@@ -231,8 +231,11 @@ class DataPort:
         plan = await loop.run_in_executor(None, self._proxy.plan, inference)
         await self._proxy.serve(inference, plan, request, call)
 
-    async def _finish(self, request: InboundRequest, call: Call, work: Coroutine[Any, Any, None]) -> None:
-        """Carry a request to its end; never raises, but for a cancellation that is not ours."""
+    async def finish(self, request: InboundRequest, call: Call, work: Coroutine[Any, Any, None]) -> None:
+        """Carry a request to its end; never raises, but for a cancellation that is not ours.
+
+        Where other work has taken the request over meanwhile, its end is that one's business.
+        """
         try:
             await work
         except BalancerError as error:
@@ -247,8 +250,9 @@ class DataPort:
         except Exception:  # noqa: BLE001 - an edge; logged with its traceback
             self._crashed(request, call)
         finally:
-            self._journal.close(call)
-            request.connection.finished(request)
+            if request.work is None or request.work is work:
+                self._journal.close(call)
+                request.connection.finished(request)
 
     def _next_id(self) -> str:
         self._id_count += 1

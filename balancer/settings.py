@@ -116,6 +116,21 @@ class SemanticConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CoalesceConfig:
+    """Equal cacheable requests in flight share one upstream call."""
+
+    enabled: bool = True
+    across: bool = False  # between balancers, through Redis
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingsConfig:
+    """Vectors kept one by one."""
+
+    per_input: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     """The response cache."""
 
@@ -127,6 +142,8 @@ class CacheConfig:
     shared_between_tenants: bool = False
     hits_per_second: Rate = 1000.0
     stale_if_error_s: Annotated[float, Field(ge=0)] = 0.0
+    coalesce: CoalesceConfig = CoalesceConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     semantic: SemanticConfig = SemanticConfig()
 
 
@@ -258,6 +275,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"nodes: the id {id_} is there twice")
         if self.limits.store == "redis" and self.redis.url is None:
             raise ValueError("limits.store: redis is asked for, and redis.url is not set")
+        if self.cache.coalesce.across and self.redis.url is None:
+            raise ValueError("cache.coalesce.across: needs a redis.url that the balancers share")
         for field, asked in self._not_built():
             if asked:
                 raise ValueError(f"{field}: is not built yet; leave it out")

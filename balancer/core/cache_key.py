@@ -259,9 +259,15 @@ def answer_name(tenant: str | None, model: str, digest: str) -> str:
     return f"{VERSION}:cache:{_scope(tenant)}:{encoded(model)}:{{{digest}}}"
 
 
-def flight_name(digest: str) -> str:
-    """Where balancers agree on who makes a call that several wait for."""
-    return f"{VERSION}:flight:{{{digest}}}"
+def flight_name(digest: str, form: str = "") -> str:
+    """Where balancers agree on who makes a call that several wait for; `form` tells the ways to deliver it apart."""
+    name = f"{VERSION}:flight:{{{digest}}}"
+    return f"{name}:{form}" if form else name
+
+
+def digest_of(answer_name: str) -> str:
+    """The digest in the name of a stored answer."""
+    return answer_name.rpartition("{")[2].removesuffix("}")
 
 
 def limit_name(tenant: str, kind: str = "") -> str:

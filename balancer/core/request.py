@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NewType
@@ -94,7 +95,8 @@ NO_WISHES = Wishes()
 
 @dataclass(slots=True)
 class InferenceRequest:
-    """One understood request. Only `tried` changes, and the body is let go of after the commit point."""
+    """One understood request. Only `tried` changes, and what a shared flight moves on; the body is let go of after
+    the commit point."""
 
     id: str
     endpoint: Endpoint
@@ -116,6 +118,7 @@ class InferenceRequest:
     tried: set[NodeId] = field(default_factory=set)
     prompt: Prompt | None = None  # what there is to read in it, and
     work: Work | None = None  # what it asks of a node: both made by the routing that uses them
+    extend: Callable[[float], None] | None = None  # gives the attempt under way a later deadline
     held_blocks: int = 0  # leading blocks of its prompt that the node picked last holds
     account: Account | None = None  # nodes' failures under it (core/poison.py); None while there were none
     mark: str = ""  # its fingerprint, once it was needed

@@ -57,8 +57,9 @@ class Unusable(ConnectionError):
 class RedisStore:
     """One Redis (6 or newer, or Valkey) behind the Store protocol.
 
-    `on_error` is told of each call that failed: `get`, `take`, `put`, `charge` or `delete`; calls refused because
-    the breaker is open count only where something is lost, a write. `on_change` is told the new state on its edges.
+    `on_error` is told of each call that failed: `get`, `take`, `put`, `charge`, `delete`, `claim` or `publish`; calls
+    refused because the breaker is open count only where something is lost, a write. `on_change` is told the new state
+    on its edges.
     """
 
     def __init__(
@@ -175,6 +176,35 @@ class RedisStore:
             self._on_error("delete")
             return gone
 
+    async def ask(self, op: str, command: bytes, within_s: float) -> Reply:
+        """The reply to a packed command that somebody waits for; None: away, refused, or not in time."""
+        link = self._reads
+        if link is None:
+            return None
+        try:
+            async with asyncio.timeout(within_s):
+                reply = await link.ask(command)
+        except TimeoutError:
+            self._on_error(op)
+            return None
+        if reply is None or isinstance(reply, ReplyError):
+            self._failed(op, link, reply)
+            return None
+        self._failures = 0
+        return reply
+
+    def tell(self, op: str, command: bytes, then: Callable[[Reply], None] | None = None) -> None:
+        """Send a packed command that nobody waits for; dropped and counted when too many writes wait.
+
+        `then` gets the reply, an error reply as a value, or None.
+        """
+        if not self._may_write(len(command)):
+            self._on_error(op)
+            return
+        future = self._write(op, command)
+        if then is not None:
+            future.add_done_callback(lambda done: then(done.result()))
+
     def state(self) -> str:
         """`ready`, or `unreachable` while the breaker is open."""
         return "unreachable" if self._open else "ready"
@@ -217,10 +247,12 @@ class RedisStore:
         link = self._writes
         return link is not None and len(link) < MAX_WRITES and self._write_bytes + size <= MAX_WRITE_BYTES
 
-    def _write(self, op: str, command: bytes, again: Callable[[], bytes] | None = None) -> None:
+    def _write(self, op: str, command: bytes, again: Callable[[], bytes] | None = None) -> asyncio.Future[Reply]:
         assert self._writes is not None
         self._write_bytes += len(command)
-        self._writes.ask(command).add_done_callback(partial(self._written, op, self._writes, len(command), again))
+        future = self._writes.ask(command)
+        future.add_done_callback(partial(self._written, op, self._writes, len(command), again))
+        return future
 
     def _written(
         self, op: str, link: Link, size: int, again: Callable[[], bytes] | None, future: asyncio.Future[Reply]

@@ -7,6 +7,7 @@ is held whole and checked, and why a stream's head waits for its first content e
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -216,6 +217,11 @@ class Answer:
                 self._connection.drop()
                 self._connection = None
 
+    def extend(self, deadline_s: float) -> None:
+        """Somebody waits for it until `deadline_s`, which is later than what was known."""
+        self._deadline_s = deadline_s
+        self.due_s = min(self._limit_s, deadline_s)
+
     def pause(self) -> None:
         """The client reads too slowly: stop reading from the node."""
         self._paused = True
@@ -396,6 +402,17 @@ class Answer:
     def _due_sooner(self, due_s: float) -> None:
         self.due_s = min(due_s, self._deadline_s)
         self._wheel.sooner(self)
+
+    @property
+    def _limit_s(self) -> float:
+        """When the phase that it is in is over, whatever the deadline."""
+        limits = self._limits
+        if self.committed:
+            return self.last_byte_s + limits.idle_s
+        if self._kind is _SSE:
+            return self.first_byte_s + limits.commit_s
+        wait_s = limits.first_byte_s if self._streaming else limits.unary_s
+        return math.inf if wait_s is None else self.sent_s + wait_s
 
     def _next_due(self, now: float) -> float:
         return min(now + self._limits.idle_s, self._deadline_s)

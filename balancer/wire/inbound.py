@@ -74,6 +74,7 @@ class InboundRequest:
         "responded",
         "target",
         "version",
+        "work",
     )
 
     def __init__(self, connection: InboundConnection, received_s: float, *, is_first: bool = False) -> None:
@@ -92,6 +93,7 @@ class InboundRequest:
         self.left = False  # the client has gone
         self.on_left: Callable[[], None] | None = None
         self.flow: Flow | None = None
+        self.work: Coroutine[Any, Any, None] | None = None  # what answers it in place of the task that began to
 
     # -- the answer; a client that has left is written to without effect
 
@@ -139,6 +141,9 @@ class Service(Protocol):
 
     def begin(self, request: InboundRequest) -> Coroutine[Any, Any, None] | None:
         """Answer a whole request at once (None), or return what is left to do, which ends with `finished`."""
+
+    def finish(self, request: InboundRequest, call: Any, work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None]:
+        """Carry a request to its end by `work`; `call` is the record that it was begun with."""
 
     def refuse(self, request: InboundRequest, error: BalancerError) -> bytes:
         """The whole answer to a request that ends before `begin`."""
@@ -261,6 +266,20 @@ class InboundConnection(asyncio.Protocol):
         """The answer to `request`, made by a task, is complete; go on with what waits."""
         if request is self._working and self._done(request):
             self._go_on()
+
+    def hand_over(
+        self, request: InboundRequest, call: Any, work: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None] | None:
+        """Answer `request` by `work` from now on; the task that did so goes on by itself, and is returned."""
+        task = self._task
+        request.work = work
+        self._task = self._loop.create_task(self._service.finish(request, call, work))
+        return task
+
+    @property
+    def is_write_paused(self) -> bool:
+        """Whether the client reads more slowly than it is written to."""
+        return self._write_paused
 
     def _go_on(self) -> None:
         """Take up what waits, unless the client has to read first what it was sent."""

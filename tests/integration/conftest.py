@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import uvloop
 
+from balancer import embeddings, flight
+from balancer.store.redis import RedisStore
 from loadtest.fake_node import FakeNode
 from tests.harness import Balancer, running
 from tests.integration.raw_http import MODEL, Wire
@@ -30,6 +32,19 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.Abstrac
 async def cut_wires() -> AsyncIterator[None]:
     yield
     await Wire.cut_all()
+
+
+@pytest.fixture
+def patient_redis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine does not make a Redis look slow that is there."""
+    made = RedisStore.__init__
+
+    def patient(self: RedisStore, url: str, **settings: Any) -> None:
+        made(self, url, **{**settings, "timeout_s": 5.0})
+
+    monkeypatch.setattr(RedisStore, "__init__", patient)
+    monkeypatch.setattr(flight, "STORE_S", 5.0)
+    monkeypatch.setattr(embeddings, "STORE_S", 5.0)
 
 
 @pytest.fixture
