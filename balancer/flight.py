@@ -14,16 +14,33 @@ from balancer.core.request import InferenceRequest
 from balancer.explain import Call
 from balancer.relay import ClientStream, note_tokens
 from balancer.wire.answer import Answer
+from balancer.wire.buffered import Buffered
 from balancer.wire.sse import all_parse
 
 
 class Flight:
     """One call on behalf of its subscribers. Runs in the task of the client that began it."""
 
-    __slots__ = ("_attempts", "_cache", "_collected", "_collected_bytes", "_plan", "_request", "_subscribers", "call")
+    __slots__ = (
+        "_attempts",
+        "_buffered",
+        "_cache",
+        "_collected",
+        "_collected_bytes",
+        "_plan",
+        "_request",
+        "_subscribers",
+        "call",
+    )
 
     def __init__(
-        self, attempts: Attempts, cache: ResponseCache, request: InferenceRequest, plan: Plan, call: Call
+        self,
+        attempts: Attempts,
+        cache: ResponseCache,
+        request: InferenceRequest,
+        plan: Plan,
+        call: Call,
+        buffered: Buffered,
     ) -> None:
         self._attempts = attempts
         self._cache = cache
@@ -32,6 +49,7 @@ class Flight:
         self._subscribers: list[ClientStream] = []
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
+        self._buffered = buffered
         self.call = call
 
     def subscribe(self, client: ClientStream) -> None:
@@ -69,16 +87,22 @@ class Flight:
 
     async def _relay(self, attempt: Attempt) -> None:
         answer = attempt.answer
-        if self._collected is not None:
-            self._collect(answer.peek())
-        for client in self._subscribers:
-            client.begin(answer)
-        answer.relay_to(self)
-        self._attempts.forget_body(self._request)
-        if not answer.ended:
-            await answer.wait()
-        attempt.settle()
-        outcome = attempt.outcome
+        try:
+            if self._collected is not None:
+                self._collect(answer.peek())
+            for client in self._subscribers:
+                client.begin(answer)
+            answer.relay_to(self)
+            self._attempts.forget_body(self._request)
+            if not answer.ended:
+                await answer.wait()
+            attempt.settle()
+            self._finish(attempt)
+        finally:
+            self.drop()
+
+    def _finish(self, attempt: Attempt) -> None:
+        answer, outcome = attempt.answer, attempt.outcome
         if outcome is Outcome.OK:
             for client in self._subscribers:
                 client.end()
@@ -93,11 +117,25 @@ class Flight:
 
     def _collect(self, data: bytes) -> None:
         assert self._collected is not None
-        self._collected_bytes += len(data)
-        if self._collected_bytes > self._cache.max_entry_bytes:
-            self._collected = None
-        else:
-            self._collected.append(data)
+        size = len(data)
+        if self._collected_bytes + size > self._cache.max_entry_bytes:
+            self.drop()
+            return
+        if not self._collected_bytes:
+            self._buffered.collections[self] = None
+        self._collected.append(data)
+        self._collected_bytes += size
+        self._buffered.bytes += size
+        if self._buffered.bytes > self._buffered.limit:
+            self._buffered.relieve()
+
+    def drop(self) -> None:
+        """Let go of what was collected for the cache (`wire.buffered.Droppable`)."""
+        self._collected = None
+        if self._collected_bytes:
+            self._buffered.collections.pop(self, None)
+            self._buffered.bytes -= self._collected_bytes
+            self._collected_bytes = 0
 
     def _store(self, answer: Answer, body: bytes) -> None:
         if self._collected is None or answer.head is None or answer.head.status != 200:
@@ -125,12 +163,13 @@ def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:
 class Flights:
     """Begins flights, each with its admission; where equal requests will meet."""
 
-    __slots__ = ("_admission", "_attempts", "_cache")
+    __slots__ = ("_admission", "_attempts", "_buffered", "_cache")
 
-    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache) -> None:
+    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache, buffered: Buffered) -> None:
         self._admission = admission
         self._attempts = attempts
         self._cache = cache
+        self._buffered = buffered
 
     async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Admit the request, make the call, deliver it. Raises BalancerError while nothing is out."""
@@ -138,7 +177,7 @@ class Flights:
         admitted = await self._admission.admit(request, call)
         client.lines += admitted.lines
         try:
-            flight = Flight(self._attempts, self._cache, request, plan, call)
+            flight = Flight(self._attempts, self._cache, request, plan, call, self._buffered)
             flight.subscribe(client)
             if await flight.run() is Outcome.OK:
                 self._attempts.succeeded(request)

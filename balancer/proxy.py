@@ -25,13 +25,21 @@ class Proxy:
     """Serves understood requests: cache, verdict, limit, node, attempt with retry, cache write."""
 
     def __init__(
-        self, *, cache: ResponseCache, verdicts: Verdicts, flights: Flights, clock: Clock, date: DateHeader
+        self,
+        *,
+        cache: ResponseCache,
+        verdicts: Verdicts,
+        flights: Flights,
+        clock: Clock,
+        date: DateHeader,
+        comment_after_s: float | None,
     ) -> None:
         self._cache = cache
         self._verdicts = verdicts
         self._flights = flights
         self._clock = clock
         self._date = date
+        self.comment_after_s = comment_after_s
 
     def begin(self, request: InferenceRequest, inbound: InboundRequest, call: Call) -> Coroutine[Any, Any, None] | None:
         """Serve a request from this process's memory at once (None), or return what is left to do."""
@@ -58,6 +66,8 @@ class Proxy:
 
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""
+        if self.comment_after_s is not None:
+            client.comment_every(self.comment_after_s)
         try:
             if plan.read and self._replayed(await self._cache.lookup(plan, request), client):
                 return
@@ -72,6 +82,8 @@ class Proxy:
             if not client.gone:  # cut by a shutdown
                 client.fail(Draining("this balancer was shut down before the answer was complete"))
             raise
+        finally:
+            client.stop_comments()
 
     @staticmethod
     def _replayed(hit: Hit | None, client: ClientStream) -> bool:

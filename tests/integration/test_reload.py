@@ -24,7 +24,7 @@ WRONG = [
     ("- a list", "must hold a mapping"),
     (GOOD + "retry: {max_atempts: 3}", "retry.max_atempts: no such setting"),
     (GOOD + "retry: {max_attempts: none}", "retry.max_attempts: "),
-    (GOOD + "hedge: {enabled: true}", "hedge.enabled: is not built yet"),
+    (GOOD + "models: [{name: m, fallbacks: [n]}]", "models.fallbacks: is not built yet"),
     ('nodes: [{url: "http://127.0.0.1:1", id: x}, {url: "http://127.0.0.1:2", id: x}]', "the id x is there twice"),
 ]
 
