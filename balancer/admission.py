@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from balancer.clock import Clock
-from balancer.core.admission_queue import AdmissionQueue, Ticket
+from balancer.core.admission_queue import AdmissionQueue, Refused, Ticket
 from balancer.core.cache_key import limit_name
 from balancer.core.request import InferenceRequest, Priority, Tenant, TenantId
 from balancer.errors import BalancerError, CapacityError, DeadlineExceeded, QueueFull, QueueTimeout, RateLimited
@@ -45,12 +45,15 @@ class Admitted:
     admission: Admission
     usage: Usage
     model: str
+    call: Call
     lines: bytes = b""
     charged_tokens: float = 0.0
 
     def leave(self) -> None:
         """The request is over."""
         self.usage.in_flight -= 1
+        if self.call.queue_s > 0.0:
+            self.admission.served(self.call)
         self.admission.left(self.model)
 
 
@@ -91,13 +94,15 @@ class Admission:
         self._clock = clock
         self._queue = AdmissionQueue(queue.max_waiting)
         self._waiters: dict[Ticket, tuple[asyncio.Future[Any], Callable[[], Any]]] = {}
+        self._granting = False
+        self._again = False
         self._model_in_flight: dict[str, int] = {}
         self._usage: dict[TenantId, Usage] = {}
         self._rates: dict[Tenant, Rates] = {}
         metrics.queue_depth.read = lambda: [
             ((priority.name.lower(),), float(self._queue.waiting(priority))) for priority in Priority
         ]
-        registry.on_change(self._grant)
+        registry.on_change(self.look_again)
 
     def configure(self, limits: LimitsConfig, queue: QueueConfig, models: Mapping[str, ModelRule]) -> None:
         """New settings; what is in flight and what waits stays."""
@@ -118,7 +123,7 @@ class Admission:
         if usage is None:
             usage = self._usage[tenant.id] = Usage()
         rates = self._rates.get(tenant) or self._rates_of(tenant)
-        admitted = Admitted(self, usage, request.model)
+        admitted = Admitted(self, usage, request.model, call)
         if rates.requests_per_s is not None or rates.tokens_per_s is not None:
             try:
                 await self._limit(request, rates, admitted)
@@ -133,8 +138,10 @@ class Admission:
         usage.requests += 1
         try:
             model = request.model
-            if (self._waiters and self._models) or not self._take_model_slot(model):
-                await self.wait_for(request, call, lambda: self._take_model_slot(model), lambda _: self.left(model))
+            if (self._waiters and self._queue.is_waiting(model)) or not self._take_model_slot(model):
+                await self.wait_for(
+                    request, call, model, lambda: self._take_model_slot(model), lambda _: self.left(model)
+                )
         except BaseException:
             usage.in_flight -= 1
             raise
@@ -220,13 +227,31 @@ class Admission:
             self._model_in_flight[model] = in_flight
         else:
             del self._model_in_flight[model]
-        if self._waiters:
-            self._grant()
+        self.look_again()
+
+    def served(self, call: Call) -> None:
+        """A request that had waited is over: what it took after its slot tells others whether waiting is worth it."""
+        if call.status == 200 and not call.code:
+            took_s = self._clock.now() - call.received_s - call.queue_s
+            self._queue.rate(self._label(call.model)).served(took_s)
 
     @property
     def is_contended(self) -> bool:
-        """Whether somebody waits: newcomers must not overtake."""
+        """Whether anybody waits."""
         return bool(self._waiters)
+
+    def must_wait(self, request: InferenceRequest) -> bool:
+        """Whether others wait for a node that would do for this request: newcomers must not overtake."""
+        return bool(self._waiters) and self._queue.is_waiting(self.lane(request))
+
+    def lane(self, request: InferenceRequest) -> Hashable:
+        """Who waits for the same nodes: the same model, and the same nodes tried before; a suspect on its own."""
+        suspect = request.id if request.account is not None else ""
+        return self._label(request.model), frozenset(request.tried), suspect
+
+    def _label(self, model: str) -> str:
+        """The model's name where a node lists it. Names of clients' making are one: the same nodes take them all."""
+        return model if model in self._registry.listed_models else ""
 
     def _take_model_slot(self, model: str) -> bool | None:
         rule = self._models.get(model)
@@ -237,22 +262,25 @@ class Admission:
         return True
 
     async def wait_for(
-        self, request: InferenceRequest, call: Call, take: Callable[[], T | None], give_back: Callable[[T], None]
+        self,
+        request: InferenceRequest,
+        call: Call,
+        lane: Hashable,
+        take: Callable[[], T | None],
+        give_back: Callable[[T], None],
     ) -> T:
-        """Queue until `take` gives something, in the order of priority and arrival.
+        """Queue until `take` gives something; `core.admission_queue` says in which order.
 
         `take` is called when anything was freed and must take what it finds in one step, or return None; what it
-        took for a request that left in the same moment goes to `give_back`. What `take` raises is raised here.
+        took for a request that left in the same moment goes to `give_back`. What `take` raises is raised here. When
+        it finds nothing for the first of a `lane`, it would find nothing for the others either.
         Raises QueueFull, QueueTimeout or DeadlineExceeded.
         """
         begun_s = self._clock.now()
-        ticket = self._queue.enter(request.wishes.priority, request.model, request.deadline_s)
-        if ticket is None:
-            self._metrics.shed.of("queue_full").inc()
-            raise QueueFull("too many requests are waiting", retry_after_s=self._queue.retry_after_s())
+        ticket = self._enter(request, call, lane, begun_s)
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._waiters[ticket] = (waiter, take)
-        self._grant()
+        self.look_again()
         taken: T | None = None
         left_s = request.deadline_s - begun_s
         try:
@@ -263,7 +291,8 @@ class Admission:
             self._metrics.shed.of("queue_timeout").inc()
             if left_s <= self._queue_config.max_wait_s:
                 raise DeadlineExceeded("the deadline passed while the request was waiting") from None
-            raise QueueTimeout("no slot came free in time", retry_after_s=self._queue.retry_after_s()) from None
+            wait_s = self._queue.retry_after_s(ticket, self._clock.now())
+            raise QueueTimeout("no slot came free in time", retry_after_s=wait_s) from None
         finally:
             self._waiters.pop(ticket, None)
             self._queue.leave(ticket)
@@ -273,25 +302,70 @@ class Admission:
             call.queue_s += waited_s
             self._metrics.queue_seconds.observe(waited_s)
 
+    def _enter(self, request: InferenceRequest, call: Call, lane: Hashable, now: float) -> Ticket:
+        """A place in the queue, with the request it displaces told to leave. Raises QueueFull or QueueTimeout."""
+        placed = self._queue.enter(
+            lane,
+            model=self._label(request.model),
+            priority=request.wishes.priority,
+            tenant=request.tenant.id,
+            cost=request.prompt_tokens() + request.max_tokens(),
+            deadline_s=request.deadline_s,
+            until_s=now + self._queue_config.max_wait_s,
+            now=now,
+            waited_s=call.queue_s,
+        )
+        if isinstance(placed, Refused):
+            self._metrics.shed.of(placed.reason).inc()
+            if placed.reason == "queue_full":
+                raise QueueFull("too many requests are waiting", retry_after_s=placed.retry_after_s)
+            raise QueueTimeout("no slot would come free in time", retry_after_s=placed.retry_after_s)
+        if placed.displaced is not None:
+            self._displace(placed.displaced, now)
+        return placed
+
+    def _displace(self, ticket: Ticket, now: float) -> None:
+        waiter, _ = self._waiters.pop(ticket)
+        if not waiter.done():  # else its client has just left
+            self._metrics.shed.of("displaced").inc()
+            wait_s = self._queue.retry_after_s(ticket, now)
+            waiter.set_exception(
+                QueueFull("the queue is full, and others had a claim to a place", retry_after_s=wait_s)
+            )
+
+    def look_again(self) -> None:
+        """Something was freed, or may be: hand it to those whose turn it is."""
+        if not self._waiters:
+            return
+        if self._granting:  # what `take` changes may call this again
+            self._again = True
+            return
+        self._granting = True
+        try:
+            self._grant()
+            if self._again:
+                self._grant()
+        finally:
+            self._granting = self._again = False
+
     def _grant(self) -> None:
-        """Hand out what is free to those who waited longest, by priority; a full model holds up only its own."""
-        full: set[str] = set()
-        for ticket in self._queue.in_order() if self._waiters else ():
-            waiting = self._waiters.get(ticket)
-            if waiting is None or waiting[0].done() or ticket.model in full:
+        """Hand out what is free, in the queue's order; a full lane holds up only itself."""
+        full: set[Hashable] = set()
+        while (ticket := self._queue.first(full)) is not None:
+            waiter, take = self._waiters[ticket]
+            if waiter.done():  # its client has just left
+                self._queue.leave(ticket)
                 continue
-            waiter, take = waiting
-            ticket.granted = True  # what `take` changes may call this again
             try:
                 taken = take()
             except BalancerError as error:
+                self._queue.leave(ticket)
                 waiter.set_exception(error)
                 continue
             if taken is None:
-                ticket.granted = False
-                full.add(ticket.model)
+                full.add(ticket.lane.key)
             else:
-                self._queue.drained(self._clock.now())
+                self._queue.granted(ticket, self._clock.now())
                 waiter.set_result(taken)
 
 

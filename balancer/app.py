@@ -35,6 +35,7 @@ from balancer.store import Store
 from balancer.store.memory import MemoryStore
 from balancer.verdicts import Verdicts
 from balancer.wire.answer import AnswerLimits
+from balancer.wire.buffered import Buffered
 from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundLimits
 from balancer.wire.timers import TimerWheel
@@ -92,6 +93,7 @@ class App:
     def _build(self) -> None:
         settings, clock = self._settings, self._clock
         self.metrics = Metrics()
+        self.buffered = Buffered(settings.limits.buffered_bytes)
         self.ring = Ring()
         self.wheel = TimerWheel(clock.now, asyncio.get_running_loop())
         self.registry = Registry(
@@ -103,6 +105,7 @@ class App:
             now=clock.now,
             rng=self._rng,
         )
+        self.registry.configure(settings.routing, adaptive=settings.queue.adaptive)
         self.store = self._make_store()
         self.memory = (
             self.store if isinstance(self.store, MemoryStore) else MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
@@ -137,7 +140,7 @@ class App:
             verdicts=self.verdicts,
             hedging=self.hedging,
             retry=settings.retry,
-            limits=_answer_limits(settings),
+            limits=_answer_limits(settings, self.buffered),
             connect_s=settings.timeouts.connect_s,
             max_connections=settings.upstream.max_connections_per_node,
             metrics=self.metrics,
@@ -149,15 +152,30 @@ class App:
         self._follow_fleet()
         date = DateHeader()
         self.flights = Flights(
-            self.admission, self.attempts, self.cache, clock, settings.cache.coalesce, self._make_board()
+            self.admission,
+            self.attempts,
+            self.cache,
+            clock,
+            self.buffered,
+            settings.cache.coalesce,
+            self._make_board(),
+        )
+        self.proxy = Proxy(
+            cache=self.cache,
+            verdicts=self.verdicts,
+            flights=self.flights,
+            clock=clock,
+            date=date,
+            comment_after_s=settings.queue.comment_after_s,
         )
         self.port = DataPort(
             address=settings.listen,
             intake=self.intake,
-            proxy=Proxy(cache=self.cache, verdicts=self.verdicts, flights=self.flights, clock=clock, date=date),
+            proxy=self.proxy,
             journal=Journal(self.metrics, self.ring, self.registry, clock, self._write_event),
             registry=self.registry,
             limits=_inbound_limits(settings),
+            buffered=self.buffered,
             wheel=self.wheel,
             clock=clock,
             date=date,
@@ -182,7 +200,7 @@ class App:
         )
         self.metrics.event_loop_lag.read = lambda: [((), self._lag_s)]
         self.metrics.connections.read = lambda: [((), float(self.port.connections))]
-        self.metrics.buffered.read = lambda: [((), float(self.port.buffered.bytes))]
+        self.metrics.buffered.read = lambda: [((), float(self.buffered.bytes))]
 
     def _follow_fleet(self) -> None:
         """What agents say, and nodes' going, reach the routing in force."""
@@ -357,10 +375,13 @@ class App:
         self.cache.configure(new.cache, self.intake.rules)
         self.flights.configure(new.cache.coalesce)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
-        self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
+        self.attempts.configure(
+            self._routing_of(old, new), new.retry, _answer_limits(new, self.buffered), new.timeouts.connect_s
+        )
         self.hedging.configure(new.hedge, self.intake.rules)
         self.verdicts.configure(new.retry.verdict_s)
-        self.registry.configure(new.routing)
+        self.proxy.comment_after_s = new.queue.comment_after_s
+        self.registry.configure(new.routing, adaptive=new.queue.adaptive)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)
         self._settings = new
@@ -394,6 +415,7 @@ class App:
             now = self._clock.now()
             self._lag_s = max(0.0, now - before_s - TICK_S)
             self.attempts.sweep(now)
+            self.admission.look_again()  # a node's rest or a breaker's time may be over, which nobody tells
 
 
 # Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.
@@ -429,7 +451,7 @@ async def _wait_for(event: asyncio.Event, seconds: float) -> None:
             await asyncio.wait_for(event.wait(), seconds)
 
 
-def _answer_limits(settings: Settings) -> AnswerLimits:
+def _answer_limits(settings: Settings, buffered: Buffered) -> AnswerLimits:
     timeouts = settings.timeouts
     return AnswerLimits(
         first_byte_s=timeouts.first_byte_s,
@@ -437,6 +459,7 @@ def _answer_limits(settings: Settings) -> AnswerLimits:
         unary_s=timeouts.unary_s,
         commit_s=timeouts.commit_s,
         check_bytes=settings.upstream.check_bytes,
+        buffered=buffered,
         return_headers=frozenset(name.lower().encode() for name in settings.upstream.return_headers),
     )
 
@@ -446,7 +469,6 @@ def _inbound_limits(settings: Settings) -> InboundLimits:
     return InboundLimits(
         head_bytes=limits.head_bytes,
         body_bytes=limits.body_bytes,
-        buffered_bytes=limits.buffered_bytes,
         head_timeout_s=limits.head_timeout_s,
         body_idle_s=limits.body_idle_s,
     )

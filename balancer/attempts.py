@@ -281,7 +281,7 @@ class Attempts:
         )
         request.extend = answer.extend
         attempt = Attempt(self, slot, answer, request, call, now)
-        if request.stream and (slot.sent is not None or request.account is not None):
+        if request.stream:
             answer.on_first_token = attempt.first_token
         try:
             pool, credentials = self._pool(node)
@@ -307,11 +307,15 @@ class Attempts:
         if request.account is not None:
             await self._verdicts.turn(request)
         taken = self._take(again_at, request, call, panic=False) if again_at is not None else None
-        if taken is None and not (self._registry.is_bounded and self._admission.is_contended):
+        if taken is None and not (self._registry.is_bounded and self._admission.must_wait(request)):
             taken = self._select(request, call)
         if taken is None:
             taken = await self._admission.wait_for(
-                request, call, lambda: self._select(request, call), lambda unused: self._unselect(request, unused)
+                request,
+                call,
+                self._admission.lane(request),
+                lambda: self._select(request, call),
+                lambda unused: self._unselect(request, unused),
             )
         call.attempts_begun += 1
         return taken
@@ -443,6 +447,9 @@ class Attempts:
         self.routing.first_token(attempt.node, attempt.slot.sent, now)
         if attempt.request.account is not None:
             self._verdicts.left(attempt.request, attempt.node, alive=True)
+        if attempt.request.body:  # else it was committed without content, and is late by what nobody can tell any more
+            ttft_s = now - attempt.answer.sent_s
+            self._registry.first_token(attempt.node, ttft_s, attempt.request.prompt_tokens(), now)
 
     def settled(self, attempt: Attempt) -> None:
         """Count one attempt's end, for its node and for the metrics."""

@@ -24,6 +24,7 @@ from balancer.relay import ClientStream, Delivered, note_tokens
 from balancer.settings import CoalesceConfig
 from balancer.store.entries import BAD, BEGIN, DATA, END, GOOD, RENEW_S, Entry
 from balancer.wire.answer import Answer
+from balancer.wire.buffered import Buffered
 from balancer.wire.sse import all_parse
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Flight:
     __slots__ = (
         "_answer",
         "_attempts",
+        "_buffered",
         "_cache",
         "_clock",
         "_collected",
@@ -70,6 +72,7 @@ class Flight:
         attempts: Attempts,
         cache: ResponseCache,
         clock: Clock,
+        buffered: Buffered,
         request: InferenceRequest,
         plan: Plan,
         client: ClientStream,
@@ -82,6 +85,7 @@ class Flight:
         self._subscribers: list[ClientStream | Passenger] = [client]
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
+        self._buffered = buffered
         self._is_stopped = False  # no passenger reads
         self._task: asyncio.Task[None] | None = None  # that it runs in, once it is shared
         self._lease: Lease | None = None  # where other balancers may share it
@@ -134,21 +138,27 @@ class Flight:
 
     async def _relay(self, attempt: Attempt) -> None:
         self._answer = answer = attempt.answer
-        held = answer.take_held()
-        if self._collected is not None:
-            self._collect(held)
-        for client in self._subscribers:
-            client.begin(answer, held)
-        if self.is_shared:
-            self.pace()
-        if self._lease is not None:
-            self._lease.begun()
-        answer.relay_to(self)
-        self._attempts.forget_body(self.request)
-        if not answer.ended:
-            await answer.wait()
-        attempt.settle()
-        outcome = attempt.outcome
+        try:
+            held = answer.take_held()
+            if self._collected is not None:
+                self._collect(held)
+            for client in self._subscribers:
+                client.begin(answer, held)
+            if self.is_shared:
+                self.pace()
+            if self._lease is not None:
+                self._lease.begun()
+            answer.relay_to(self)
+            self._attempts.forget_body(self.request)
+            if not answer.ended:
+                await answer.wait()
+            attempt.settle()
+            self._finish(attempt)
+        finally:
+            self.drop()
+
+    def _finish(self, attempt: Attempt) -> None:
+        answer, outcome = attempt.answer, attempt.outcome
         if outcome is Outcome.OK:
             self.is_good = True
             self._count_saved(answer)
@@ -384,11 +394,25 @@ class Flight:
 
     def _collect(self, data: bytes) -> None:
         assert self._collected is not None
-        self._collected_bytes += len(data)
-        if self._collected_bytes > self._cache.max_entry_bytes:
-            self._collected = None
-        else:
-            self._collected.append(data)
+        size = len(data)
+        if self._collected_bytes + size > self._cache.max_entry_bytes:
+            self.drop()
+            return
+        if not self._collected_bytes:
+            self._buffered.collections[self] = None
+        self._collected.append(data)
+        self._collected_bytes += size
+        self._buffered.bytes += size
+        if self._buffered.bytes > self._buffered.limit:
+            self._buffered.relieve()
+
+    def drop(self) -> None:
+        """Let go of what was collected for the cache (`wire.buffered.Droppable`)."""
+        self._collected = None
+        if self._collected_bytes:
+            self._buffered.collections.pop(self, None)
+            self._buffered.bytes -= self._collected_bytes
+            self._collected_bytes = 0
 
     def _store(self, answer: Answer, body: bytes) -> None:
         if self._collected is None or answer.head is None or answer.head.status != 200:
@@ -420,7 +444,7 @@ Key = tuple[str, bool, bool]
 class Flights:
     """Begins flights, each with its admission; where equal requests meet."""
 
-    __slots__ = ("_admission", "_attempts", "_board", "_cache", "_clock", "_config", "_flights")
+    __slots__ = ("_admission", "_attempts", "_board", "_buffered", "_cache", "_clock", "_config", "_flights")
 
     def __init__(
         self,
@@ -428,6 +452,7 @@ class Flights:
         attempts: Attempts,
         cache: ResponseCache,
         clock: Clock,
+        buffered: Buffered,
         config: CoalesceConfig,
         board: Board | None,
     ) -> None:
@@ -435,6 +460,7 @@ class Flights:
         self._attempts = attempts
         self._cache = cache
         self._clock = clock
+        self._buffered = buffered
         self._config = config
         self._board = board  # where other balancers are met, if they are
         self._flights: dict[Key, Flight] = {}  # that may be joined
@@ -466,7 +492,7 @@ class Flights:
         Raises BalancerError while nothing is out.
         """
         if plan.name is None or not self._config.enabled:
-            await self._make(Flight(self._attempts, self._cache, self._clock, request, plan, client))
+            await self._make(self._new(request, plan, client))
             return
         key = (plan.name, request.stream, request.wants_usage)
         there = self._flights.get(key)
@@ -475,7 +501,9 @@ class Flights:
             self._cache.bound_hits(request.tenant.id, self._clock.now())
             await there.join(request, client).ride()
             return
-        flight = self._flights[key] = Flight(self._attempts, self._cache, self._clock, request, plan, client)
+        flight = self._flights[key] = Flight(
+            self._attempts, self._cache, self._clock, self._buffered, request, plan, client
+        )
         name = None
         if self._board is not None and self._config.across and there is None and not fresh:
             form = f"{'s' if request.stream else 'u'}{request.wants_usage:d}{request.wishes.priority.value}"
@@ -490,7 +518,7 @@ class Flights:
 
     async def fly_alone(self, request: InferenceRequest, client: ClientStream) -> None:
         """Make a call that is neither shared nor kept. Raises BalancerError while nothing is out."""
-        await self._make(Flight(self._attempts, self._cache, self._clock, request, NO_PLAN, client))
+        await self._make(self._new(request, NO_PLAN, client))
 
     async def _carry(self, flight: Flight, plan: Plan, name: str | None) -> None:
         """Lead; where that fails before anything was handed on and others wait, one of them leads once more.
@@ -605,6 +633,9 @@ class Flights:
         answer = Followed(kind, "", size, is_stream=hit.stream, now=self._clock.now())
         flight.follow_whole(answer, hit.body)
         return True
+
+    def _new(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> Flight:
+        return Flight(self._attempts, self._cache, self._clock, self._buffered, request, plan, client)
 
     async def _make(self, flight: Flight) -> None:
         """Admit the request in whose name the flight is made, and make the call."""

@@ -41,11 +41,13 @@ _OURS = frozenset(
         b"x-balancer-session",
         b"x-balancer-cache",
         b"x-balancer-cache-ttl-s",
+        b"x-balancer-comments",
     }
 )
 _T = TypeVar("_T")
 _ASK_USAGE = {"include_usage": True}
 _MODES = {mode.value.encode(): mode for mode in CacheMode if mode is not CacheMode.DEFAULT}
+_SWITCH = {b"on": True, b"off": False}
 _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
 
 
@@ -81,6 +83,7 @@ def _wishes(headers: Mapping[bytes, bytes]) -> Wishes:
         session=session.decode("ascii") if session is not None else None,
         cache_mode=_one_of(headers, b"x-balancer-cache", _MODES, CacheMode.DEFAULT),
         cache_ttl_s=_seconds(headers, b"x-balancer-cache-ttl-s"),
+        comments=_one_of(headers, b"x-balancer-comments", _SWITCH, True),
     )
 
 

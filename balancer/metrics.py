@@ -166,6 +166,7 @@ class Metrics:
             "balancer_poison_refused_total", "Requests refused because an equal one was found to break nodes"
         )
         self.node_requests_in_flight = Gauge("balancer_node_requests_in_flight", "Our requests at a node", ("node",))
+        self.node_limit = Gauge("balancer_node_limit_requests", "Our requests that a node may have at once", ("node",))
         self.node_cost = Gauge("balancer_node_cost_seconds", "Predicted seconds of prompts queued there", ("node",))
         self.node_state = Gauge("balancer_node_state", "1 for the state that a node is in", ("node", "state"))
         self.breaker_state = Gauge("balancer_breaker_state", "0 closed, 1 half-open, 2 open", ("node",))

@@ -83,8 +83,13 @@ class Passenger:
     def begin(self, answer: Delivered, held: bytes) -> None:
         """The head and what there is so far."""
         self.request.forget_body()
-        self.client.begin(answer, held)
-        self.is_behind = self.client.follow(self, self._left)
+        try:
+            self.client.begin(answer, held)
+        except BalancerError as error:  # this one was promised a stream; the others were not
+            self._flight.leave(self)
+            self.fail(error)
+        else:
+            self.is_behind = self.client.follow(self, self._left)
 
     def write(self, data: bytes) -> None:
         """More. A client that falls too far behind the others is cut off: they are not to wait for it."""

@@ -26,7 +26,14 @@ class Proxy:
     """Serves understood requests: cache, verdict, limit, node, attempt with retry, cache write."""
 
     def __init__(
-        self, *, cache: ResponseCache, verdicts: Verdicts, flights: Flights, clock: Clock, date: DateHeader
+        self,
+        *,
+        cache: ResponseCache,
+        verdicts: Verdicts,
+        flights: Flights,
+        clock: Clock,
+        date: DateHeader,
+        comment_after_s: float | None,
     ) -> None:
         self._cache = cache
         self._verdicts = verdicts
@@ -34,6 +41,7 @@ class Proxy:
         self._embedder = Embedder(cache, flights, clock)
         self._clock = clock
         self._date = date
+        self.comment_after_s = comment_after_s
 
     def begin(self, request: InferenceRequest, inbound: InboundRequest, call: Call) -> Coroutine[Any, Any, None] | None:
         """Serve a request from this process's memory at once (None), or return what is left to do."""
@@ -60,6 +68,8 @@ class Proxy:
 
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""
+        if self.comment_after_s is not None:
+            client.comment_every(self.comment_after_s)
         try:
             if plan.read and await self._looked_up(plan, request, client):
                 return
@@ -76,6 +86,8 @@ class Proxy:
         except asyncio.CancelledError:
             client.cut_short()
             raise
+        finally:
+            client.stop_comments()
 
     async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> bool:
         begun_s = self._clock.now()

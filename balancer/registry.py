@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from random import Random
 from typing import Any
@@ -51,15 +52,19 @@ class Registry:
         self.on_gone: Callable[[NodeId], None] | None = None
         self.started_s = now()
         self.listed_models: frozenset[str] = frozenset()  # that some node serves: they may be metrics' labels
-        self.is_bounded = False  # some node has a `max_in_flight`
+        self.is_bounded = False  # some node has a limit of requests in flight
+        self._adaptive = True
         self._register_gauges()
 
     def __repr__(self) -> str:
         return f"<Registry {' '.join(map(repr, self._nodes.values()))}>"
 
-    def configure(self, routing: RoutingPolicy) -> None:
-        """New routing settings."""
+    def configure(self, routing: RoutingPolicy, *, adaptive: bool) -> None:
+        """New routing settings; `adaptive`: nodes get no more requests than they show that they can take."""
         self._routing = routing
+        self._adaptive = adaptive
+        for node in self._nodes.values():
+            node.relimit(adaptive=adaptive)
         self.touch()
 
     # -- who is there
@@ -81,6 +86,7 @@ class Registry:
             old.config = config
             old.models = frozenset(config.models) or None
             old.weight = config.weight
+            old.relimit(adaptive=self._adaptive)
             old.added_at_run_time = at_run_time
             self.touch()
             return old
@@ -182,6 +188,8 @@ class Registry:
         node.load.picks_since_report = 0
         if self.on_report is not None:
             self.on_report(node, report, node.report_at_s, now)
+        node.concurrency.report(report, node.load.rif)
+        self._relimit(node)
         node.health = assess(report, previous, self._health_policy, now)
         if host.drain != node.drained_by_agent:
             node.drained_by_agent = host.drain
@@ -200,6 +208,8 @@ class Registry:
         if node.report is not None and now - node.report_at_s > self._stale_s:
             log.warning("agent.lost", node=node.id, age_s=round(now - node.report_at_s, 1))
             node.report = None
+            node.concurrency.forget_report()
+            node.relimit(adaptive=self._adaptive)
             node.drained_by_agent = False
             if node.health.verdict is Verdict.OUT:
                 self._recovered(node, now)
@@ -233,9 +243,25 @@ class Registry:
         node.blocked_until_s = now + min(MAX_REST_S, DEFAULT_REST_S if for_s is None else for_s)
         node.blocked_by = status
         node.cut_s = now
+        node.concurrency.pushed_back(node.load.rif, now)
+        node.relimit(adaptive=self._adaptive)
         self.touch()
 
     # -- what requests met
+
+    def first_token(self, node: Node, ttft_s: float, prompt_tokens: float, now: float) -> None:
+        """The first token of a stream came: the node's limit hears how long that took."""
+        if node.concurrency.first_token(ttft_s, prompt_tokens, node.load.rif, now):
+            self._relimit(node)
+
+    def _relimit(self, node: Node) -> None:
+        """What a node can take may have changed. That it is limited at all is evidence like any other."""
+        was = node.limit
+        if node.relimit(adaptive=self._adaptive):
+            if math.isinf(was) or math.isinf(node.limit):
+                self.touch()
+            elif node.limit > was:
+                self._tell()
 
     def acquire(self, node: Node, *, panic: bool, now: float) -> Permit | None:
         """Count one more request at the node and get its breaker's permit, in one step; None when it just closed."""
@@ -278,8 +304,11 @@ class Registry:
             self._changed(node, node.breaker.record(permit, False, now))
         if ruling.failure_price:
             node.load.failed(now)
-        if node.config.max_in_flight is not None:
-            self._tell()
+        if node.limit < math.inf:
+            if outcome is Outcome.OK and node.concurrency.succeeded(node.load.rif, now):
+                self._relimit(node)
+            if node.load.rif + 1 >= node.limit:  # it was full
+                self._tell()
 
     def forgive(self, node: Node, permit: Permit, at_s: float) -> None:
         """A failure that was counted for the node at `at_s` was the request's own."""
@@ -292,7 +321,7 @@ class Registry:
         """Evidence changed: who is eligible is worked out anew."""
         self._candidates.clear()
         self.listed_models = frozenset(model for node in self._nodes.values() for model in node.known_models or ())
-        self.is_bounded = any(node.config.max_in_flight is not None for node in self._nodes.values())
+        self.is_bounded = any(node.limit < math.inf for node in self._nodes.values())
         self._tell()
 
     def _tell(self) -> None:
@@ -301,6 +330,8 @@ class Registry:
 
     def _recovered(self, node: Node, now: float) -> None:
         node.ramp_from_s = now
+        node.concurrency.forget_trouble()
+        node.relimit(adaptive=self._adaptive)
         node.load.failure = node.books.failure = 0.0  # what it did before says nothing of what it is now
         node.breaker.nudge()
 
@@ -326,6 +357,7 @@ class Registry:
             "url": node.config.url,
             "weight": node.config.weight,
             "max_in_flight": node.config.max_in_flight,
+            "limit": None if math.isinf(node.limit) else int(node.limit),
             "models": sorted(node.known_models) if node.known_models is not None else None,
             "state": node.state(now),
             "eligible": "evidence" if by_evidence else "panic" if by_panic else None,
@@ -350,6 +382,7 @@ class Registry:
         nodes = self._nodes
         metrics = self._metrics
         metrics.node_requests_in_flight.read = lambda: [((n.id,), float(n.load.rif)) for n in nodes.values()]
+        metrics.node_limit.read = lambda: [((n.id,), n.limit) for n in nodes.values() if n.limit < math.inf]
         metrics.node_cost.read = lambda: [((n.id,), n.books.backlog_s(self._now())) for n in nodes.values()]
         metrics.breaker_state.read = lambda: [((n.id,), breaker_values[n.breaker.state]) for n in nodes.values()]
         metrics.report_age.read = lambda: [

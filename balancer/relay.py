@@ -6,16 +6,22 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+import orjson
+
 from balancer.cache import Hit
 from balancer.clock import Clock
 from balancer.core.outcome import Outcome
-from balancer.core.request import InferenceRequest
-from balancer.errors import BalancerError, Draining
+from balancer.core.request import Dialect, InferenceRequest
+from balancer.errors import BadAnswer, BalancerError, ClientError, Draining
 from balancer.explain import Call
 from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
 from balancer.wire.inbound import Flow, InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
+from balancer.wire.sse import MESSAGE_CHARS
+
+# What a waiting stream is sent: an event stream's comment, which every client passes over.
+COMMENT = b": waiting\n\n"
 
 _C = TypeVar("_C", bound="ClientStream")
 
@@ -45,7 +51,7 @@ class Delivered(Flow, Protocol):
 class ClientStream:
     """One client's view of a flight: subscribes to an answer, and is told how it ended."""
 
-    __slots__ = ("_begun", "_chunked", "_clock", "_date", "_inbound", "_request", "_sse", "call", "lines")
+    __slots__ = ("_begun", "_chunked", "_clock", "_comments", "_date", "_inbound", "_request", "_sse", "call", "lines")
 
     def __init__(
         self, inbound: InboundRequest, request: InferenceRequest, call: Call, clock: Clock, date: DateHeader
@@ -57,6 +63,7 @@ class ClientStream:
         self._chunked = True
         self._sse = False
         self._begun = False
+        self._comments: asyncio.TimerHandle | None = None
         self.call = call
         self.lines: bytes = inbound.context.cors  # further headers: CORS, X-RateLimit
 
@@ -85,17 +92,35 @@ class ClientStream:
 
     def whole(self, answer: Delivered, body: bytes) -> None:
         """A complete answer, in one write."""
+        if self._comments is not None:
+            self.stop_comments()
+        if self._begun:
+            self._whole_after_comments(answer, body)
+            return
         self.call.status = answer.status
         head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % len(body))
         self._inbound.send(head, body)
 
     def begin(self, answer: Delivered, held: bytes) -> None:
-        """Commit: the head and what there is so far, in one write; later reads follow through `write`."""
+        """Commit: the head and what there is so far, in one write; later reads follow through `write`.
+
+        Raises BadAnswer where comments have promised a stream, and this is none.
+        """
+        if self._comments is not None:
+            self.stop_comments()
+        if self._begun:
+            if not answer.is_stream:
+                raise _no_stream()
+            self._inbound.flow = answer
+            self._inbound.forget_body()
+            if held:
+                self.write(held)
+            return
         self.call.status = answer.status
         self._sse = answer.is_stream
         self._begun = True
         self._inbound.flow = answer
-        self._inbound.body = b""
+        self._inbound.forget_body()
         if not self._sse and answer.length is not None:
             self._chunked = False
             head = self._head(answer.status, _lines(answer), b"content-length: %d\r\n" % answer.length)
@@ -127,6 +152,7 @@ class ClientStream:
     def fail(self, error: BalancerError) -> None:
         """A bad end: an error answer while nothing is out, an error event in a stream, a cut in anything else."""
         self.call.failed(error)
+        self.stop_comments()
         if not self._inbound.responded:
             body = error_body(error, self._request.endpoint.dialect)
             lines = b"content-type: application/json\r\n" + retry_after(error) + error.lines
@@ -144,11 +170,60 @@ class ClientStream:
 
     def replay(self, hit: Hit) -> None:
         """A stored answer."""
+        self.stop_comments()
         self.call.status = 200
+        if self._begun:
+            self.write(hit.body)
+            self.end()
+            return
         lines = b"content-type: %b\r\nage: %d\r\n" % (hit.content_type, int(hit.age_s))
         if hit.stream:
             lines += b"cache-control: no-cache\r\n"
         self._inbound.send(self._head(200, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
+
+    # -- comments to a stream that waits
+
+    def comment_every(self, seconds: float) -> None:
+        """Tell a stream that waits so, as often, until its answer begins. Not one that asked for silence."""
+        request = self._request
+        if request.stream and request.endpoint.dialect is not Dialect.PLAIN and request.wishes.comments:
+            loop = asyncio.get_running_loop()
+            self._comments = loop.call_later(seconds, self._comment, seconds, loop)
+
+    def stop_comments(self) -> None:
+        """The answer begins, or there will be none."""
+        if self._comments is not None:
+            self._comments.cancel()
+            self._comments = None
+
+    def _comment(self, seconds: float, loop: asyncio.AbstractEventLoop) -> None:
+        """A comment; with the first one goes the head, of which nobody knows yet what would stand in it."""
+        self._comments = loop.call_later(seconds, self._comment, seconds, loop)
+        if self._begun:
+            self.write(COMMENT)
+            return
+        self._begun = self._sse = True
+        call = self.call
+        call.status = 200
+        head = b"%b%b%btransfer-encoding: chunked\r\n%bx-request-id: %b\r\n%b\r\n" % (
+            status_line(200),
+            self._date.line(self._clock.wall()),
+            b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n",
+            self.lines,
+            call.id.encode(),
+            b"" if self._inbound.keep_alive else b"connection: close\r\n",
+        )
+        self._inbound.begin_and_chunk(head, COMMENT)
+
+    def _whole_after_comments(self, answer: Delivered, body: bytes) -> None:
+        """The stream's head is out, so the node's 4xx becomes an error event, and anything else but a stream too."""
+        if answer.is_stream and answer.good:
+            self.write(body)
+            self.end()
+        elif answer.good:
+            self.fail(_no_stream())
+        else:
+            self.fail(ClientError(_message(body) or f"the node answered {answer.status}", status=answer.status))
 
     def _head(self, status: int, lines: bytes, framing: bytes) -> bytes:
         call = self.call
@@ -166,6 +241,21 @@ class ClientStream:
             call.cache.encode(),
             keep,
         )
+
+
+def _no_stream() -> BalancerError:
+    return BadAnswer("the node did not answer with a stream")
+
+
+def _message(body: bytes) -> str | None:
+    """What a node's error body says, in any of the usual forms."""
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return message[:MESSAGE_CHARS] if isinstance(message, str) else None
 
 
 def _lines(answer: Delivered) -> bytes:

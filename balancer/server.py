@@ -20,8 +20,9 @@ from balancer.listener import address_of, listen
 from balancer.log import get_logger
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
+from balancer.wire.buffered import Buffered
 from balancer.wire.framing import SAFE_VALUE, DateHeader, status_line
-from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits, InboundRequest
+from balancer.wire.inbound import InboundConnection, InboundLimits, InboundRequest
 from balancer.wire.refusal import error_body, retry_after
 from balancer.wire.timers import TimerWheel
 
@@ -74,6 +75,7 @@ class DataPort:
         journal: Journal,
         registry: Registry,
         limits: InboundLimits,
+        buffered: Buffered,
         wheel: TimerWheel,
         clock: Clock,
         date: DateHeader,
@@ -97,7 +99,7 @@ class DataPort:
         self._server: asyncio.Server | None = None
         self._accepting: set[asyncio.Task[Any]] = set()
         self._connections: set[InboundConnection] = set()
-        self.buffered = Buffered(limits.buffered_bytes)
+        self.buffered = buffered
         self.draining = False  # health says 503, requests are served
         self.closing = False  # the listener is closed, new requests get 503
 

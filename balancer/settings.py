@@ -193,7 +193,8 @@ class QueueConfig:
 
     max_waiting: Annotated[int, Field(ge=0)] = 1000
     max_wait_s: Annotated[float, Field(ge=0)] = 30.0
-    comment_after_s: Seconds | None = None
+    comment_after_s: Annotated[float, Field(ge=0.1)] | None = None
+    adaptive: bool = True  # nodes get no more at once than they show that they can take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +287,6 @@ class Settings(BaseSettings):
         return [
             ("cache.semantic.enabled", self.cache.semantic.enabled),
             ("cache.stale_if_error_s", self.cache.stale_if_error_s > 0),
-            ("queue.comment_after_s", self.queue.comment_after_s is not None),
             ("models.semantic", any(model.semantic for model in self.models)),
             ("models.fallbacks", any(model.fallbacks for model in self.models)),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pydantic import AfterValidator, Field
 
 from balancer.core.books import Books
 from balancer.core.breaker import Breaker
+from balancer.core.concurrency import Concurrency
 from balancer.core.health import HealthState, NodeReport, Verdict
 from balancer.core.load import Load
 from balancer.core.request import NodeId
@@ -79,12 +81,25 @@ class Node:
     cut_s: float = float("-inf")  # when it last pushed back
     ramp_from_s: float = float("-inf")  # when it joined or recovered
     books: Books = field(default_factory=Books)
+    concurrency: Concurrency = field(default_factory=Concurrency)
+    limit: float = math.inf  # requests in flight; the registry keeps it up to date
     models: frozenset[str] | None = field(init=False)
     weight: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.models = frozenset(self.config.models) or None
         self.weight = self.config.weight
+        self.relimit(adaptive=True)
+
+    def relimit(self, *, adaptive: bool) -> bool:
+        """Work out `limit` anew: what is configured, and if `adaptive` what it can take; whether it changed."""
+        configured = self.config.max_in_flight
+        limit = math.inf if configured is None else float(configured)
+        if adaptive:
+            limit = min(limit, self.concurrency.limit)
+        changed = limit != self.limit
+        self.limit = limit
+        return changed
 
     def __repr__(self) -> str:
         return f"<Node {self.id} {self.state(self.answered_s)} rif={self.load.rif} breaker={self.breaker.state}>"
@@ -116,8 +131,7 @@ class Node:
 
     def has_room(self) -> bool:
         """Whether one more request may be sent to it."""
-        limit = self.config.max_in_flight
-        return limit is None or self.load.rif < limit
+        return self.load.rif < self.limit
 
     def share(self, now: float) -> float:
         """Its weight as it counts now: slow start, recent back-pressure and degraded health taken off."""

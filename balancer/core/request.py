@@ -88,6 +88,7 @@ class Wishes:
     session: str | None = None
     cache_mode: CacheMode = CacheMode.DEFAULT
     cache_ttl_s: float | None = None
+    comments: bool = True  # may come while a stream waits
 
 
 NO_WISHES = Wishes()

@@ -48,7 +48,7 @@ class Candidates:
     until_s: float
     serving: int  # nodes that serve the model, whatever their state
     blocked_until_s: float | None  # set when back-pressure alone leaves nobody
-    bounded: bool = False  # some node has a `max_in_flight`
+    bounded: bool = False  # some node has a limit of requests in flight
     cautious: bool = False  # some node's share is cut: slow start, back-pressure, degraded
 
 
@@ -79,7 +79,7 @@ def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidat
     cautious = any(_is_cut(node, now) for node in chosen)
     if cautious:
         until_s = min(until_s, now + CAUTION_LOOK_S)
-    bounded = any(node.config.max_in_flight is not None for node in chosen)
+    bounded = any(node.limit < math.inf for node in chosen)
     return Candidates(tuple(chosen), panic, until_s, len(serving), blocked_until_s, bounded, cautious)
 
 

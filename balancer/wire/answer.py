@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import orjson
 
 from balancer.core.outcome import Outcome
+from balancer.wire.buffered import Buffered
 from balancer.wire.heads import AnswerHead
 from balancer.wire.sse import MESSAGE_CHARS, StreamScanner, Usage, usage_of
 from balancer.wire.timers import TimerWheel, Watched
@@ -47,9 +48,9 @@ class Connection(Protocol):
 
 
 class AnswerLimits:
-    """What bounds one answer, in seconds and bytes."""
+    """What bounds one answer, in seconds and bytes; and where what it holds is counted."""
 
-    __slots__ = ("check_bytes", "commit_s", "first_byte_s", "idle_s", "return_headers", "unary_s")
+    __slots__ = ("buffered", "check_bytes", "commit_s", "first_byte_s", "idle_s", "return_headers", "unary_s")
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class AnswerLimits:
         unary_s: float | None,
         commit_s: float,
         check_bytes: int,
+        buffered: Buffered,
         return_headers: frozenset[bytes] = frozenset(),
     ) -> None:
         self.first_byte_s = first_byte_s
@@ -66,6 +68,7 @@ class AnswerLimits:
         self.unary_s = unary_s
         self.commit_s = commit_s
         self.check_bytes = check_bytes
+        self.buffered = buffered
         self.return_headers = return_headers
 
 
@@ -196,9 +199,9 @@ class Answer:
 
     def take_held(self) -> bytes:
         """What was held back until the commit point; the caller hands it on first."""
-        held = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+        held = self.peek()
         self._held = []
-        self._held_bytes = 0
+        self._release()
         return held
 
     def peek(self) -> bytes:
@@ -211,6 +214,8 @@ class Answer:
 
     def cancel(self, outcome: Outcome = Outcome.CLIENT_GONE) -> None:
         """Nobody wants it any more: the node is told by closing its connection."""
+        if self._held_bytes:
+            self._release()
         if not self.ended:
             self._over(outcome)
             if self._connection is not None:
@@ -279,8 +284,7 @@ class Answer:
         if self._kind is _SSE:
             self._hold_events(data, now)
             return
-        self._held.append(data)
-        self._held_bytes += len(data)
+        self._hold(data)
         if self._kind is _RAW or (self._kind is _JSON and self._held_bytes > self._limits.check_bytes):
             self._commit(now)
         elif self._kind is _ERROR and self._held_bytes > ERROR_BYTES:
@@ -325,13 +329,25 @@ class Answer:
 
     # -- inside
 
+    def _hold(self, data: bytes) -> None:
+        size = len(data)
+        self._held.append(data)
+        self._held_bytes += size
+        buffered = self._limits.buffered
+        buffered.bytes += size
+        if buffered.bytes > buffered.limit:
+            buffered.relieve()
+
+    def _release(self) -> None:
+        self._limits.buffered.bytes -= self._held_bytes
+        self._held_bytes = 0
+
     def _hold_events(self, data: bytes, now: float) -> None:
         scanner = self._scanner
         assert scanner is not None
         events = scanner.feed(data)
         if events:
-            self._held.append(events)
-            self._held_bytes += len(events)
+            self._hold(events)
         if scanner.outcome is not None:
             self.message = scanner.message
             self._fail(scanner.outcome)
@@ -429,6 +445,8 @@ class Answer:
     def _over(self, outcome: Outcome) -> None:
         self.ended = True
         self.outcome = outcome
+        if self._held_bytes and outcome is not Outcome.OK:
+            self._release()  # at most an error's body is read after this
         self._wheel.forget(self)
         self._wake()
 

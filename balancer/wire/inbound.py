@@ -16,6 +16,7 @@ import httptools
 from pydantic import Field
 
 from balancer.errors import BadRequest, BalancerError, ClientError, QueueFull, TooLarge
+from balancer.wire.buffered import Buffered
 from balancer.wire.framing import CHUNK_END, CONTINUE, chunk, connection_tokens, header_lines
 from balancer.wire.heads import split
 from balancer.wire.timers import TimerWheel, Watched
@@ -40,19 +41,8 @@ class InboundLimits:
 
     head_bytes: Annotated[int, Field(ge=1024)] = 65536
     body_bytes: Annotated[int, Field(ge=1)] = 33554432
-    buffered_bytes: Annotated[int, Field(ge=1048576)] = 1073741824  # all bodies and held answers together
     head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     body_idle_s: Annotated[float, Field(gt=0)] = 10.0
-
-
-class Buffered:
-    """Bytes of bodies that this process holds now, over all connections."""
-
-    __slots__ = ("bytes", "limit")
-
-    def __init__(self, limit: int) -> None:
-        self.bytes = 0
-        self.limit = limit
 
 
 class InboundRequest:
@@ -110,6 +100,11 @@ class InboundRequest:
     def write(self, data: bytes) -> None:
         """More body, framed by a length that the head announced."""
         self.connection.write(data)
+
+    def forget_body(self) -> None:
+        """It is needed no longer: its memory is free for others."""
+        self.body = b""
+        self.connection.release(self)
 
     def end_chunks(self) -> None:
         """The end of a chunked body."""
@@ -306,7 +301,7 @@ class InboundConnection(asyncio.Protocol):
         self._working = None
         self._task = None
         request.flow = None
-        self._release(request)
+        self.release(request)
         if not request.keep_alive:
             self._close_gently()
             return False
@@ -404,7 +399,7 @@ class InboundConnection(asyncio.Protocol):
         if key != self._memo_key or known is None or known.revision != self._service.revision:
             self._memo_key, self._known = key, None
             return False
-        if size > self._limits.body_bytes:
+        if size > SMALL_BODY_BYTES and not self._may_take(size):
             return False
         request = InboundRequest(self, self._now())
         request.method = known.method
@@ -417,6 +412,16 @@ class InboundConnection(asyncio.Protocol):
         self._buffered.bytes += size
         self._start(request)
         return True
+
+    def _may_take(self, size: int) -> bool:
+        return size <= self._limits.body_bytes and self._buffered.bytes + size <= self._buffered.limit
+
+    def _has_room(self) -> bool:
+        """Whether a large body may go on: copies of answers give way to it."""
+        buffered = self._buffered
+        if buffered.bytes > buffered.limit:
+            buffered.relieve()
+        return buffered.bytes <= buffered.limit
 
     def _remember(self, request: InboundRequest) -> None:
         """A whole request came in one read: the next one's head may equal its."""
@@ -484,7 +489,7 @@ class InboundConnection(asyncio.Protocol):
         self._buffered.bytes += size
         if request.buffered_bytes > self._limits.body_bytes:
             self._refuse(_body_too_large(self._limits.body_bytes))
-        elif self._buffered.bytes > self._buffered.limit and request.buffered_bytes > SMALL_BODY_BYTES:
+        elif request.buffered_bytes > SMALL_BODY_BYTES and not self._has_room():
             self._refuse(QueueFull("too much is buffered for a large body just now", retry_after_s=1.0))
         else:
             self._body.append(data)
@@ -620,21 +625,22 @@ class InboundConnection(asyncio.Protocol):
         self._receiving = None
         self._refused = True
         self._body = []
-        self._release(request)
+        self.release(request)
         request.keep_alive = False
         if self._working is None and not self._ready:
             self._answer_refusal(request, error)
         else:
             self._ready.append((request, error))
 
-    def _release(self, request: InboundRequest) -> None:
+    def release(self, request: InboundRequest) -> None:
+        """The body of `request` is held no longer."""
         self._buffered.bytes -= request.buffered_bytes
         request.buffered_bytes = 0
 
     def _abandon_unstarted(self) -> None:
         for item in (self._receiving, *self._ready):
             if isinstance(item, InboundRequest):
-                self._release(item)
+                self.release(item)
         self._receiving = None
         self._body = []
         self._backlog = b""
