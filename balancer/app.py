@@ -29,6 +29,7 @@ from balancer.metrics import Metrics
 from balancer.ops import OpsServer
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
+from balancer.resume import Resumes
 from balancer.server import DataPort
 from balancer.settings import Settings, SettingsError, masked
 from balancer.store import Store
@@ -144,7 +145,8 @@ class App:
         )
         self._follow_fleet()
         date = DateHeader()
-        flights = Flights(self.admission, self.attempts, self.cache)
+        self.resumes = Resumes(self.attempts, self.metrics, enabled=settings.resume.enabled)
+        flights = Flights(self.admission, self.attempts, self.cache, self.resumes)
         self.port = DataPort(
             address=settings.listen,
             intake=self.intake,
@@ -315,6 +317,7 @@ class App:
         self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
         self.hedging.configure(new.hedge, self.intake.rules)
         self.verdicts.configure(new.retry.verdict_s)
+        self.resumes.enabled = new.resume.enabled
         self.registry.configure(new.routing)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
 from balancer.cache import Plan, ResponseCache
-from balancer.core.outcome import Outcome
+from balancer.core.outcome import Fault, Outcome
 from balancer.core.request import InferenceRequest
 from balancer.explain import Call
 from balancer.relay import ClientStream, note_tokens
+from balancer.resume import COMMENT, Kept, Rest, Resumes
 from balancer.wire.answer import Answer
 from balancer.wire.sse import all_parse
 
@@ -20,18 +21,37 @@ from balancer.wire.sse import all_parse
 class Flight:
     """One call on behalf of its subscribers. Runs in the task of the client that began it."""
 
-    __slots__ = ("_attempts", "_cache", "_collected", "_collected_bytes", "_plan", "_request", "_subscribers", "call")
+    __slots__ = (
+        "_attempts",
+        "_cache",
+        "_collected",
+        "_collected_bytes",
+        "_kept",
+        "_plan",
+        "_request",
+        "_resumes",
+        "_subscribers",
+        "call",
+    )
 
     def __init__(
-        self, attempts: Attempts, cache: ResponseCache, request: InferenceRequest, plan: Plan, call: Call
+        self,
+        attempts: Attempts,
+        cache: ResponseCache,
+        resumes: Resumes,
+        request: InferenceRequest,
+        plan: Plan,
+        call: Call,
     ) -> None:
         self._attempts = attempts
         self._cache = cache
+        self._resumes = resumes
         self._request = request
         self._plan = plan
         self._subscribers: list[ClientStream] = []
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
+        self._kept: Kept | None = None  # for a resume
         self.call = call
 
     def subscribe(self, client: ClientStream) -> None:
@@ -42,6 +62,8 @@ class Flight:
         """More of the committed answer (`wire.answer.Sink`)."""
         if self._collected is not None:
             self._collect(data)
+        if self._kept is not None:
+            self._kept.add(data)
         for client in self._subscribers:
             client.write(data)
 
@@ -53,24 +75,28 @@ class Flight:
             self.call.node = attempt.node.id
             if answer.ended:
                 self._deliver_whole(attempt)
+                outcome = attempt.outcome
             else:
-                await self._relay(attempt)
+                outcome = await self._relay(attempt)
             note_tokens(self.call, answer)
-            return attempt.outcome
+            return outcome
 
     def _deliver_whole(self, attempt: Attempt) -> None:
         answer = attempt.answer
         attempt.settle()
         body = answer.peek()
         if answer.outcome is Outcome.OK:
-            self._store(answer, body)
+            self._store(answer, body, answer.withheld, answer.last_byte_s - answer.sent_s)
         for client in self._subscribers:
             client.whole(answer)
 
-    async def _relay(self, attempt: Attempt) -> None:
+    async def _relay(self, attempt: Attempt) -> Outcome:
         answer = attempt.answer
+        self._kept = self._resumes.keep(self._request, attempt)
         if self._collected is not None:
             self._collect(answer.peek())
+        if self._kept is not None:
+            self._kept.add(answer.peek())
         for client in self._subscribers:
             client.begin(answer)
         answer.relay_to(self)
@@ -78,18 +104,40 @@ class Flight:
         if not answer.ended:
             await answer.wait()
         attempt.settle()
-        outcome = attempt.outcome
+        outcome, withheld, took_s = attempt.outcome, answer.withheld, answer.last_byte_s - answer.sent_s
+        if outcome.ruling.fault is Fault.NODE and self._kept is not None:
+            rest = await self._resumes.rest(self._kept, self._request, attempt)
+            if rest is not None:
+                outcome, answer = await self._go_on(rest), rest.answer
+                withheld = rest.withheld
+                took_s += answer.last_byte_s - answer.sent_s
         if outcome is Outcome.OK:
             for client in self._subscribers:
                 client.end()
             if self._collected is not None:
-                self._store(answer, b"".join(self._collected))
+                self._store(answer, b"".join(self._collected), withheld, took_s)
         else:
             error = failure_of(outcome, answer.message)
             for client in self._subscribers:
                 if answer.mid_event:
                     client.write(b"\n\n")
                 client.fail(error)
+        return outcome
+
+    async def _go_on(self, rest: Rest) -> Outcome:
+        """Relay the rest of a broken stream, from another node; how it ended."""
+        kept, self._kept = self._kept, None  # there is no third part
+        if kept is not None and not kept.is_greedy:
+            self._collected = None  # another try could have said something else
+        with rest.attempt:
+            for client in self._subscribers:
+                client.follow(rest.answer)
+                client.write(COMMENT)
+            rest.relay_to(self)
+            if not rest.answer.ended:
+                await rest.answer.wait()
+            rest.attempt.settle()
+            return self._resumes.ended(rest, self.call)
 
     def _collect(self, data: bytes) -> None:
         assert self._collected is not None
@@ -99,7 +147,7 @@ class Flight:
         else:
             self._collected.append(data)
 
-    def _store(self, answer: Answer, body: bytes) -> None:
+    def _store(self, answer: Answer, body: bytes, withheld: list[bytes], took_s: float) -> None:
         if self._collected is None or answer.head is None or answer.head.status != 200:
             return
         if answer.is_stream and not all_parse(body):
@@ -109,8 +157,8 @@ class Flight:
             self._request,
             stream=answer.is_stream,
             kind=answer.head.content_type or b"application/json",
-            body=_with_withheld(body, answer.withheld) if answer.is_stream else body,
-            took_s=answer.last_byte_s - answer.sent_s,
+            body=_with_withheld(body, withheld) if answer.is_stream else body,
+            took_s=took_s,
         )
 
 
@@ -125,12 +173,13 @@ def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:
 class Flights:
     """Begins flights, each with its admission; where equal requests will meet."""
 
-    __slots__ = ("_admission", "_attempts", "_cache")
+    __slots__ = ("_admission", "_attempts", "_cache", "_resumes")
 
-    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache) -> None:
+    def __init__(self, admission: Admission, attempts: Attempts, cache: ResponseCache, resumes: Resumes) -> None:
         self._admission = admission
         self._attempts = attempts
         self._cache = cache
+        self._resumes = resumes
 
     async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Admit the request, make the call, deliver it. Raises BalancerError while nothing is out."""
@@ -138,7 +187,7 @@ class Flights:
         admitted = await self._admission.admit(request, call)
         client.lines += admitted.lines
         try:
-            flight = Flight(self._attempts, self._cache, request, plan, call)
+            flight = Flight(self._attempts, self._cache, self._resumes, request, plan, call)
             flight.subscribe(client)
             if await flight.run() is Outcome.OK:
                 self._attempts.succeeded(request)

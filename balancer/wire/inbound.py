@@ -123,6 +123,12 @@ class InboundRequest:
         self.responded = True
         self.connection.write(head + chunk(data))
 
+    def follow(self, flow: Flow) -> None:
+        """From now on `flow` feeds the answer; it is told to wait where the client has not caught up."""
+        self.flow = flow
+        if self.connection.is_write_paused:
+            flow.pause()
+
 
 class Flow(Protocol):
     """Whatever feeds an answer: told to stop and go as the client reads."""
@@ -373,6 +379,11 @@ class InboundConnection(asyncio.Protocol):
             self._go_on()
         elif self._working.flow is not None:
             self._working.flow.resume()
+
+    @property
+    def is_write_paused(self) -> bool:
+        """Whether the client has to read before more is written."""
+        return self._write_paused
 
     def _take_known(self, data: bytes) -> bool:
         """Take a whole request whose head equals the connection's last one; False where it has to be parsed."""
