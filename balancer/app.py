@@ -29,6 +29,7 @@ from balancer.metrics import Metrics
 from balancer.ops import OpsServer
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
+from balancer.resume import Resumes
 from balancer.server import DataPort
 from balancer.settings import Settings, SettingsError, masked
 from balancer.store import Store
@@ -151,10 +152,12 @@ class App:
         self.sharing = self._make_sharing()
         self._follow_fleet()
         date = DateHeader()
+        self.resumes = Resumes(self.attempts, self.metrics, self.buffered, enabled=settings.resume.enabled)
         self.flights = Flights(
             self.admission,
             self.attempts,
             self.cache,
+            self.resumes,
             clock,
             self.buffered,
             settings.cache.coalesce,
@@ -380,6 +383,7 @@ class App:
         )
         self.hedging.configure(new.hedge, self.intake.rules)
         self.verdicts.configure(new.retry.verdict_s)
+        self.resumes.enabled = new.resume.enabled
         self.proxy.comment_after_s = new.queue.comment_after_s
         self.registry.configure(new.routing, adaptive=new.queue.adaptive)
         self.registry.replace_all(new.nodes)

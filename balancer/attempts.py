@@ -19,6 +19,7 @@ from balancer.core.breaker import Permit
 from balancer.core.hedge import has_room
 from balancer.core.node import Node
 from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Fault, Outcome
+from balancer.core.poison import DEATHS
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
@@ -187,6 +188,27 @@ class Attempts:
         self._verdicts.remember(request)
         request.forget_body()
 
+    async def continuation(self, request: InferenceRequest, call: Call, broken: Attempt) -> Attempt | None:
+        """An attempt at the rest of an answer that broke off after its commit point; None where there can be none.
+
+        It is a retry like any other, on a node with the same engine, and not where two nodes have died under the
+        request. The caller owns the attempt.
+        """
+        account = request.account
+        if account is not None and len(account.present) >= DEATHS:
+            return None  # half of an answer is not worth a third node, whosever fault it was
+        engine = broken.node.engine
+        request.tried.update(node.id for node in self._registry.nodes.values() if node.engine != engine)
+        try:
+            counted = sum(label in _COUNTED for _, label, _ in call.attempts[:-1])  # before the one that broke
+            attempt = await self._again(request, call, broken, counted=counted)
+        except BalancerError:
+            return None
+        if attempt.node.engine == engine and attempt.outcome is Outcome.OK and attempt.answer.is_stream:
+            return attempt
+        with attempt:
+            return None
+
     def succeeded(self, request: InferenceRequest) -> None:
         """A request was answered well: it earns its share of a retry."""
         self._budget.succeeded(self._clock.now())
@@ -212,8 +234,9 @@ class Attempts:
             self._hedging.learned(request, attempt.answer.first_token_s - attempt.answer.sent_s)
         return attempt
 
-    async def _again(self, request: InferenceRequest, call: Call, failed: Attempt) -> Attempt:
+    async def _again(self, request: InferenceRequest, call: Call, failed: Attempt, *, counted: int = 0) -> Attempt:
         plan = RetryPlan(self._policy, self._budget, self._rng, request.deadline_s)
+        plan.counted = counted
         last = failed
         decision = self._decide(plan, failed, request)
 
@@ -514,6 +537,7 @@ def _credentials(node: Node) -> bytes:
     return b"authorization: Bearer %b\r\n" % key.encode() if key else b""
 
 
+_COUNTED = frozenset(outcome.label for outcome in Outcome if outcome.ruling.again is Again.BUDGET)
 _REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
 _TRUNCATIONS = frozenset(
     {

@@ -31,6 +31,7 @@ class Call:
         "prompt_tokens",
         "queue_s",
         "received_s",
+        "resume",
         "sent_s",
         "status",
         "store_s",
@@ -51,6 +52,7 @@ class Call:
         self.attempts: list[tuple[str, str, float]] = []  # node, outcome, seconds
         self.attempts_begun = 0
         self.panic = False
+        self.resume = ""  # of a stream that a node broke: `ok`, or why it was not continued elsewhere
         self.queue_s = 0.0
         self.store_s = 0.0  # waited for the shared store to look an answer up
         self.overhead_s = 0.0  # from accept to then, without waiting in the queue
@@ -86,6 +88,7 @@ class Call:
                 {"node": node, "outcome": outcome, "seconds": round(seconds, 6)}
                 for node, outcome, seconds in self.attempts
             ],
+            "resume": self.resume,
             "waits": {
                 "queue_s": round(self.queue_s, 6),
                 "to_first_attempt_s": round(self.sent_s - begun, 6) if self.sent_s else None,

@@ -15,12 +15,13 @@ from balancer.attempts import Attempt, Attempts, failure_of
 from balancer.cache import NO_PLAN, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core import cache_key
-from balancer.core.outcome import Outcome
+from balancer.core.outcome import Fault, Outcome
 from balancer.core.request import CacheMode, InferenceRequest
 from balancer.errors import BalancerError, ClientError, Draining, RateLimited, Truncated
 from balancer.log import get_logger
 from balancer.passenger import Passenger
 from balancer.relay import ClientStream, Delivered, note_tokens
+from balancer.resume import COMMENT, Kept, Rest, Resumes
 from balancer.settings import CoalesceConfig
 from balancer.store.entries import BAD, BEGIN, DATA, END, GOOD, RENEW_S, Entry
 from balancer.wire.answer import Answer
@@ -54,8 +55,10 @@ class Flight:
         "_collected",
         "_collected_bytes",
         "_is_stopped",
+        "_kept",
         "_lease",
         "_plan",
+        "_resumes",
         "_subscribers",
         "_task",
         "call",
@@ -71,6 +74,7 @@ class Flight:
         self,
         attempts: Attempts,
         cache: ResponseCache,
+        resumes: Resumes,
         clock: Clock,
         buffered: Buffered,
         request: InferenceRequest,
@@ -79,6 +83,7 @@ class Flight:
     ) -> None:
         self._attempts = attempts
         self._cache = cache
+        self._resumes = resumes
         self._clock = clock
         self._plan = plan
         self._answer: Delivered | None = None  # once it is handed on as it comes
@@ -86,6 +91,7 @@ class Flight:
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
         self._buffered = buffered
+        self._kept: Kept | None = None  # for a resume
         self._is_stopped = False  # no passenger reads
         self._task: asyncio.Task[None] | None = None  # that it runs in, once it is shared
         self._lease: Lease | None = None  # where other balancers may share it
@@ -104,6 +110,8 @@ class Flight:
         """More of the committed answer (`wire.answer.Sink`)."""
         if self._collected is not None:
             self._collect(data)
+        if self._kept is not None:
+            self._kept.add(data)
         for client in self._subscribers:
             client.write(data)
         if self._lease is not None:
@@ -120,10 +128,11 @@ class Flight:
                 answer.extend(self.request.deadline_s)
             if answer.ended:
                 self._deliver_whole(attempt)
+                outcome = attempt.outcome
             else:
-                await self._relay(attempt)
+                outcome = await self._relay(attempt)
             self._note_tokens(answer)
-            return attempt.outcome
+            return outcome
 
     def _deliver_whole(self, attempt: Attempt) -> None:
         answer = attempt.answer
@@ -131,17 +140,20 @@ class Flight:
         body = answer.take_held()
         if answer.outcome is Outcome.OK:
             self.is_good = True
-            self._store(answer, body)
+            self._store(answer, body, answer.withheld, answer.last_byte_s - answer.sent_s)
             self._count_saved(answer)
         for client in self._subscribers:
             client.whole(answer, body)
 
-    async def _relay(self, attempt: Attempt) -> None:
+    async def _relay(self, attempt: Attempt) -> Outcome:
         self._answer = answer = attempt.answer
         try:
             held = answer.take_held()
+            self._kept = self._resumes.keep(self.request, attempt)
             if self._collected is not None:
                 self._collect(held)
+            if self._kept is not None:
+                self._kept.add(held)
             for client in self._subscribers:
                 client.begin(answer, held)
             if self.is_shared:
@@ -153,19 +165,51 @@ class Flight:
             if not answer.ended:
                 await answer.wait()
             attempt.settle()
-            self._finish(attempt)
+            outcome, withheld, took_s = attempt.outcome, answer.withheld, answer.last_byte_s - answer.sent_s
+            if outcome.ruling.fault is Fault.NODE and self._kept is not None:
+                rest = await self._resumes.rest(self._kept, self.request, attempt)
+                if rest is not None:
+                    outcome, answer, withheld = await self._go_on(rest), rest.answer, rest.withheld
+                    took_s += answer.last_byte_s - answer.sent_s
+            self._finish(answer, outcome, withheld, took_s)
+            return outcome
         finally:
             self.drop()
+            if self._kept is not None:
+                self._kept.drop()
 
-    def _finish(self, attempt: Attempt) -> None:
-        answer, outcome = attempt.answer, attempt.outcome
+    async def _go_on(self, rest: Rest) -> Outcome:
+        """Relay the rest of a broken stream, from another node; how it ended."""
+        kept, self._kept = self._kept, None  # there is no third part
+        if kept is not None:
+            kept.drop()
+            if not kept.is_greedy:
+                self.drop()  # another try could have said something else
+        with rest.attempt:
+            self._answer = answer = rest.answer
+            answer.extend(self.request.deadline_s)
+            if self._is_stopped:
+                answer.pause()
+            for client in self._subscribers:
+                client.go_on(answer)
+                client.write(COMMENT)
+            rest.relay_to(self)
+            if not answer.ended:
+                await answer.wait()
+            rest.attempt.settle()
+            outcome = self._resumes.ended(rest, self.call)
+            if outcome is Outcome.OK:
+                self.tokens = rest.used
+            return outcome
+
+    def _finish(self, answer: Answer, outcome: Outcome, withheld: list[bytes], took_s: float) -> None:
         if outcome is Outcome.OK:
             self.is_good = True
             self._count_saved(answer)
             for client in self._subscribers:
                 client.end()
             if self._collected is not None:
-                self._store(answer, b"".join(self._collected))
+                self._store(answer, b"".join(self._collected), withheld, took_s)
         else:
             error = failure_of(outcome, answer.message)
             for client in self._subscribers:
@@ -414,7 +458,7 @@ class Flight:
             self._buffered.bytes -= self._collected_bytes
             self._collected_bytes = 0
 
-    def _store(self, answer: Answer, body: bytes) -> None:
+    def _store(self, answer: Answer, body: bytes, withheld: list[bytes], took_s: float) -> None:
         if self._collected is None or answer.head is None or answer.head.status != 200:
             return
         if answer.is_stream and not all_parse(body):
@@ -424,8 +468,8 @@ class Flight:
             self.request,
             stream=answer.is_stream,
             kind=answer.head.content_type or b"application/json",
-            body=_with_withheld(body, answer.withheld) if answer.is_stream else body,
-            took_s=answer.last_byte_s - answer.sent_s,
+            body=_with_withheld(body, withheld) if answer.is_stream else body,
+            took_s=took_s,
         )
 
 
@@ -444,13 +488,24 @@ Key = tuple[str, bool, bool]
 class Flights:
     """Begins flights, each with its admission; where equal requests meet."""
 
-    __slots__ = ("_admission", "_attempts", "_board", "_buffered", "_cache", "_clock", "_config", "_flights")
+    __slots__ = (
+        "_admission",
+        "_attempts",
+        "_board",
+        "_buffered",
+        "_cache",
+        "_clock",
+        "_config",
+        "_flights",
+        "_resumes",
+    )
 
     def __init__(
         self,
         admission: Admission,
         attempts: Attempts,
         cache: ResponseCache,
+        resumes: Resumes,
         clock: Clock,
         buffered: Buffered,
         config: CoalesceConfig,
@@ -459,6 +514,7 @@ class Flights:
         self._admission = admission
         self._attempts = attempts
         self._cache = cache
+        self._resumes = resumes
         self._clock = clock
         self._buffered = buffered
         self._config = config
@@ -501,9 +557,7 @@ class Flights:
             self._cache.bound_hits(request.tenant.id, self._clock.now())
             await there.join(request, client).ride()
             return
-        flight = self._flights[key] = Flight(
-            self._attempts, self._cache, self._clock, self._buffered, request, plan, client
-        )
+        flight = self._flights[key] = self._new(request, plan, client)
         name = None
         if self._board is not None and self._config.across and there is None and not fresh:
             form = f"{'s' if request.stream else 'u'}{request.wants_usage:d}{request.wishes.priority.value}"
@@ -635,7 +689,8 @@ class Flights:
         return True
 
     def _new(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> Flight:
-        return Flight(self._attempts, self._cache, self._clock, self._buffered, request, plan, client)
+        shell = (self._attempts, self._cache, self._resumes, self._clock, self._buffered)
+        return Flight(*shell, request, plan, client)
 
     async def _make(self, flight: Flight) -> None:
         """Admit the request in whose name the flight is made, and make the call."""

@@ -45,7 +45,6 @@ _OURS = frozenset(
     }
 )
 _T = TypeVar("_T")
-_ASK_USAGE = {"include_usage": True}
 _MODES = {mode.value.encode(): mode for mode in CacheMode if mode is not CacheMode.DEFAULT}
 _SWITCH = {b"on": True, b"off": False}
 _PRIORITIES = {priority.name.lower().encode(): priority for priority in Priority}
@@ -232,10 +231,8 @@ class Intake:
             return None, True
         if not self._ask_usage:
             return None, False
-        if "stream_options" not in parsed:
-            return json_splice.append_member(body, "stream_options", _ASK_USAGE), False
         if options is None or isinstance(options, dict):
-            return json_splice.replace_member(body, "stream_options", {**(options or {}), **_ASK_USAGE}), False
+            return json_splice.ask_usage(body, parsed), False
         return None, False  # not an object: the node will say what it thinks of it
 
     def _refuse_split_memory(self, request: InferenceRequest) -> None:

@@ -158,7 +158,9 @@ class Metrics:
             "balancer_retry_budget_exhausted_total", "Retries not made because the budget was spent"
         )
         self.hedges = Counter("balancer_hedges_total", "Second attempts started beside a slow first", ("won",))
-        self.resumes = Counter("balancer_resumes_total", "Streams continued on another node", ("outcome",))
+        self.resumes = Counter(
+            "balancer_resumes_total", "Streams that a node broke, by whether another continued them", ("outcome",)
+        )
         self.poison_verdicts = Counter(
             "balancer_poison_verdicts_total", "Requests found to break the nodes they are sent to"
         )

@@ -1,4 +1,4 @@
-"""Which node serves which model: asks the nodes whose models are not configured."""
+"""Which node serves which model, and what engine it is: asks the nodes of which that is not configured."""
 
 from __future__ import annotations
 
@@ -25,16 +25,29 @@ TIMEOUT_S = 2.0
 MAX_BYTES = 1024 * 1024
 
 
+# What engines write as the owner of their models.
+_OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "tensorrt_llm": "trtllm", "library": "ollama"}
+
+
 def model_ids(body: bytes) -> frozenset[str] | None:
     """The ids in an answer to GET /v1/models; None when it is no such answer."""
+    models = _models(body)
+    return None if models is None else frozenset(model["id"] for model in models if isinstance(model.get("id"), str))
+
+
+def engine_of(body: bytes) -> str | None:
+    """The engine that an answer to GET /v1/models is from; None where its models do not say, or not the same."""
+    owners = {str(model.get("owned_by")) for model in _models(body) or ()}
+    return _OWNERS.get(owners.pop()) if len(owners) == 1 else None
+
+
+def _models(body: bytes) -> list[dict[str, Any]] | None:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     models = data.get("data") if isinstance(data, dict) else None
-    if not isinstance(models, list):
-        return None
-    return frozenset(model["id"] for model in models if isinstance(model, dict) and isinstance(model.get("id"), str))
+    return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else None
 
 
 class ModelLister:
@@ -71,7 +84,7 @@ class ModelLister:
             await self._session.close()
 
     def _nodes(self) -> Iterable[Node]:
-        nodes = [node for node in self._registry.nodes.values() if node.models is None]
+        nodes = [node for node in self._registry.nodes.values() if node.models is None or node.config.engine is None]
         self._heard_s = {node: self._heard_s.get(node, float("-inf")) for node in nodes}
         return nodes
 
@@ -98,4 +111,6 @@ class ModelLister:
         if self._registry.nodes.get(node.id) is not node or (models is None and not answer.is_missing):
             return
         self._heard_s[node] = asked_s
-        self._registry.listed(node, models)
+        self._registry.engine_told(node, engine_of(answer.body) if answer.is_good else None)
+        if node.models is None:
+            self._registry.listed(node, models)

@@ -91,6 +91,9 @@ class Passenger:
         else:
             self.is_behind = self.client.follow(self, self._left)
 
+    def go_on(self, answer: Delivered) -> None:
+        """Another answer goes on with the stream; the flight sees to its pace."""
+
     def write(self, data: bytes) -> None:
         """More. A client that falls too far behind the others is cut off: they are not to wait for it."""
         self.client.write(data)

@@ -181,6 +181,7 @@ def _facts(call: Call, now: float) -> dict[str, Any]:
         "node": call.node,
         "attempts": call.attempts_begun,
         "outcomes": [outcome for _, outcome, _ in call.attempts],
+        "resume": call.resume,
         "cache": call.cache,
         "seconds": round(now - call.received_s, 6),
         "queue_s": round(call.queue_s, 6) if call.queue_s else 0.0,

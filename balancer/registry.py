@@ -238,6 +238,13 @@ class Registry:
             log.info("node.listed_models", node=node.id, models=sorted(new))
             self.touch()
 
+    def engine_told(self, node: Node, engine: str | None) -> None:
+        """What the answer to GET /v1/models says of the engine."""
+        if engine != node.listed_engine:
+            node.listed_engine = engine
+            log.info("node.engine_told", node=node.id, engine=engine)
+            self._tell()
+
     def blocked(self, node: Node, for_s: float | None, status: int, now: float) -> None:
         """The node pushed back: leave it alone for its Retry-After, and cut its weight for a while."""
         node.blocked_until_s = now + min(MAX_REST_S, DEFAULT_REST_S if for_s is None else for_s)
@@ -358,6 +365,7 @@ class Registry:
             "weight": node.config.weight,
             "max_in_flight": node.config.max_in_flight,
             "limit": None if math.isinf(node.limit) else int(node.limit),
+            "engine": node.engine,
             "models": sorted(node.known_models) if node.known_models is not None else None,
             "state": node.state(now),
             "eligible": "evidence" if by_evidence else "panic" if by_panic else None,

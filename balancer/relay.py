@@ -137,6 +137,10 @@ class ClientStream:
         else:
             self._inbound.begin(head)
 
+    def go_on(self, answer: Delivered) -> None:
+        """Another answer goes on with the stream that has begun."""
+        self._inbound.follow(answer)
+
     def write(self, data: bytes) -> None:
         """One read of the node's, written on at once."""
         if self._chunked:

@@ -45,6 +45,7 @@ class ModelHost:
     """What a dialect needs to know of its node."""
 
     models: tuple[str, ...]
+    owned_by: str  # what it says of its models, by which balancers know its engine
     max_context_tokens: int  # prompt and answer together
     answer_words: tuple[int, int]
     embedding_dimensions: int

@@ -170,5 +170,5 @@ def _body(route: Route, request: Request) -> Mapping[str, Any]:
 
 
 def _model_card(host: ModelHost, name: str) -> dict[str, object]:
-    card = {"id": name, "object": "model", "created": host.clock.unix_s(), "owned_by": "vllm", "root": name}
+    card = {"id": name, "object": "model", "created": host.clock.unix_s(), "owned_by": host.owned_by, "root": name}
     return {**card, "parent": None, "max_model_len": host.max_context_tokens}

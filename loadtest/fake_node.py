@@ -106,6 +106,7 @@ class FakeNode:
         spec = self.spec
         return ModelHost(
             models=spec.models,
+            owned_by=spec.owned_by,
             max_context_tokens=min(spec.max_context_tokens, spec.kv_tokens),
             answer_words=(spec.shortest_answer, spec.longest_answer),
             embedding_dimensions=spec.embedding_dimensions,

@@ -17,6 +17,7 @@ class NodeSpec(EngineSpec):
     port: int = 0  # 0: any free one, kept over refuse and come_back
     control_port: int | None = None  # a second listener for /sim, which no fault touches; 0: any free one
     models: tuple[str, ...] = ("sim-model",)
+    owned_by: str = "vllm"  # the engine, as /v1/models tells it; llamacpp continues a chat as that does
     speed: float = 1.0  # divides all times of the engine
     seed: int = 0  # of ids, of answers at a temperature above 0, of faults with a probability
     max_context_tokens: int = 32_768

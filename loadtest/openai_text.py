@@ -50,7 +50,7 @@ async def completions(call: Call) -> None:
 def chat_wishes(host: ModelHost, body: Mapping[str, Any]) -> list[Wish]:
     """The answers that a chat request asks for."""
     _check_stream_options(body)
-    prompt = chat_prompt(body)
+    prompt = chat_prompt(host, body)
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     return [host.wish(body, prompt, asked, choice) for choice in range(_count(body))]
 
@@ -63,15 +63,18 @@ def completion_wishes(host: ModelHost, body: Mapping[str, Any]) -> list[Wish]:
     return [host.wish(body, prompt, asked, choice) for prompt in _prompts(body) for choice in range(count)]
 
 
-def chat_prompt(body: Mapping[str, Any]) -> str:
-    """The messages as the model reads them; a last message of the assistant is continued. Raises ApiError 400."""
+def chat_prompt(host: ModelHost, body: Mapping[str, Any]) -> str:
+    """The messages as the model reads them. Raises ApiError 400.
+
+    A last message of the assistant is continued where the body asks for that; llama.cpp does so unasked.
+    """
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise ApiError(400, "messages: a list of at least one message is required", param="messages")
     goes_on = bool(body.get("continue_final_message"))
     if goes_on and body.get("add_generation_prompt"):
         raise ApiError(400, "Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
-    trailing = messages[-1].get("role") == "assistant" and not body.get("add_generation_prompt")
+    trailing = host.owned_by == "llamacpp" and messages[-1].get("role") == "assistant"
     return render(messages, continue_final=goes_on or trailing)
 
 

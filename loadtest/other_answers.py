@@ -97,7 +97,7 @@ async def tokenize(call: Call) -> None:
     """POST /tokenize: of a prompt, or of messages as the model reads them."""
     call.check_model()
     prompt = call.body.get("prompt")
-    text = prompt if isinstance(prompt, str) else chat_prompt(call.body)
+    text = prompt if isinstance(prompt, str) else chat_prompt(call.host, call.body)
     ids = to_token_ids(text)
     limit = call.host.max_context_tokens
     await call.reply.json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": None})

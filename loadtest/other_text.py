@@ -9,7 +9,6 @@ import orjson
 
 from loadtest.call import ApiError, Call, ModelHost, content_text, render
 from loadtest.generation import Generation
-from loadtest.openai_text import chat_prompt
 from loadtest.writing import Wish
 
 # TGI's default for the length of an answer.
@@ -38,8 +37,16 @@ def message_wishes(host: ModelHost, body: Mapping[str, Any]) -> list[Wish]:
     if not isinstance(body.get("max_tokens"), int):
         raise ApiError(400, "max_tokens: Field required", param="max_tokens")
     system = content_text(body.get("system"))
-    prompt = (f"<|system|>\n{system}<|end|>\n" if system else "") + chat_prompt(body)
+    prompt = (f"<|system|>\n{system}<|end|>\n" if system else "") + _turns(body)
     return [host.wish(body, prompt, body["max_tokens"])]
+
+
+def _turns(body: Mapping[str, Any]) -> str:
+    """The messages as the model reads them. Raises ApiError 400."""
+    turns = body.get("messages")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ApiError(400, "messages: a list of at least one message is required", param="messages")
+    return render(turns, continue_final=turns[-1].get("role") == "assistant")
 
 
 async def _stream_message(call: Call, answer: Generation, message: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed lacks it
 from typing import Any
 
@@ -38,6 +38,27 @@ def append_member(body: bytes, name: str, value: Any) -> bytes:
     head = body[:end].rstrip()
     comma = b"" if head.endswith(b"{") and not head[:-1].strip() else b","
     return b"".join((head, comma, orjson.dumps(name), b":", orjson.dumps(value), body[len(head) :]))
+
+
+def set_member(body: bytes, parsed: Mapping[str, Any], name: str, value: Any) -> bytes:
+    """The body with `value` as its member `name`, put in place or added; `parsed` is the body before."""
+    return replace_member(body, name, value) if name in parsed else append_member(body, name, value)
+
+
+def ask_usage(body: bytes, parsed: Mapping[str, Any]) -> bytes:
+    """The body with usage asked for at the end of a stream; other `stream_options` stay."""
+    return set_member(body, parsed, "stream_options", {**(parsed.get("stream_options") or {}), "include_usage": True})
+
+
+def append_item(body: bytes, name: str, value: Any) -> bytes:
+    """The body with one more item at the end of the array that is its top-level member `name`."""
+    text = body.decode()
+    for member, start, end in _members(text):
+        if member == name:
+            head = text[: end - 1].rstrip(_SPACE)
+            comma = "" if len(head) == start + 1 else ","
+            return "".join((head, comma, orjson.dumps(value).decode(), text[len(head) :])).encode()
+    return body
 
 
 def repeated_members(body: bytes) -> frozenset[str]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
@@ -36,6 +36,8 @@ def plain_url(url: str) -> str:
 
 
 Url = Annotated[str, AfterValidator(plain_url)]
+# Kinds of inference server, by the names that agents use; `other` is none that we know.
+EngineName = Literal["vllm", "sglang", "tgi", "llamacpp", "triton", "trtllm", "ollama", "other"]
 # It goes into a response header, into logs and into metrics.
 Id = Annotated[str, Field(pattern=r"^[!-~]{1,128}$")]
 
@@ -53,6 +55,7 @@ class NodeConfig:
     labels: Mapping[str, str] = field(default_factory=dict)
     api_key: str | None = None
     api_key_file: str | None = None
+    engine: EngineName | None = None
 
 
 ANY_MODEL: frozenset[str] = frozenset({"*"})  # a node without a model list: it takes what it is sent
@@ -70,6 +73,7 @@ class Node:
     drained_by_agent: bool = False
     added_at_run_time: bool = False  # by the admin API: a reload leaves it alone
     listed_models: frozenset[str] | None = None  # from GET /v1/models; None: not heard yet
+    listed_engine: str | None = None  # what the same answer says of the engine
     health: HealthState = field(default_factory=HealthState)
     report: NodeReport | None = None
     report_at_s: float = 0.0  # when what the report says was true
@@ -108,6 +112,12 @@ class Node:
     def known_models(self) -> frozenset[str] | None:
         """What it serves: as configured, else as it listed; None while nobody knows."""
         return self.models if self.models is not None else self.listed_models
+
+    @property
+    def engine(self) -> str | None:
+        """What kind of inference server it is: as configured, else as its agent or its model list say."""
+        reported = self.report.engine if self.report is not None else None
+        return self.config.engine or reported or self.listed_engine
 
     def serves(self, model: str) -> bool | None:
         """Whether it serves `model`; None while nobody knows."""

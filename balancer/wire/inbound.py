@@ -120,6 +120,12 @@ class InboundRequest:
         self.responded = True
         self.connection.write(head + chunk(data))
 
+    def follow(self, flow: Flow) -> None:
+        """From now on `flow` feeds the answer; it is told to wait where the client has not caught up."""
+        self.flow = flow
+        if self.connection.is_write_paused:
+            flow.pause()
+
 
 class Flow(Protocol):
     """Whatever feeds an answer: told to stop and go as the client reads."""

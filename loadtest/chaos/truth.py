@@ -67,6 +67,24 @@ async def broken_streams(theatre: Theatre) -> Sequence[Figure]:
         )
 
 
+@promise(3, "one of four nodes killed (SIGKILL) under nothing but streams", quick=True)
+async def continued(theatre: Theatre) -> Sequence[Figure]:
+    async with theatre.stage() as stage:
+        load = Load(stage, rate_per_s=100.0, body=lambda number: chat(f"question {number}", stream=True, max_tokens=60))
+        async with load:
+            await load.run(2.0)
+            before = await stage.metric("balancer_resumes_total", outcome="ok")
+            await stage.nodes[0].kill()
+            await load.run(2.0)
+            await load.end()
+        resumed = await stage.metric("balancer_resumes_total", outcome="ok") - before
+        return (
+            Figure(name="texts with something lost or repeated", value=load.lies(), bound=0),
+            Figure(name="streams that ended in an error", value=load.failed(), bound=0),
+            Figure(name="streams continued elsewhere", value=resumed, bound=1, least=True),
+        )
+
+
 @promise(4, "nodes that talk without end: heads, garbage")
 async def endless(theatre: Theatre) -> Sequence[Figure]:
     async with theatre.stage(2) as stage:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from loadtest.openai_text import chat_prompt
+from loadtest.call import render
 from loadtest.sim.arrival import Arrival
 from loadtest.text import block_keys, count_tokens
 from loadtest.traffic import ChatMix, Conversation, conversations, words
@@ -43,7 +43,7 @@ class Turn:
 
     def arrival(self, block_tokens: int) -> Arrival:
         """The same request as the simulator takes it."""
-        prompt = chat_prompt(self.body)
+        prompt = render(self.body["messages"], continue_final=False)
         return Arrival(self.at_s, count_tokens(prompt), self.body["max_tokens"], block_keys(prompt, block_tokens))
 
 

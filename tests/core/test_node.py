@@ -209,3 +209,19 @@ def test_a_plain_url_is_taken_as_it_is(url: str) -> None:
 def test_a_url_with_anything_else_in_it_is_refused(url: str) -> None:
     with pytest.raises(ValueError):
         plain_url(url)
+
+
+# What it is
+
+
+def test_a_nodes_engine_is_the_configured_one_else_its_agents_else_its_model_lists() -> None:
+    node = a_node()
+    assert node.engine is None
+    node.listed_engine = "vllm"
+    assert node.engine == "vllm"
+    node.report = NodeReport(id="n", url="http://n:1", engine="sglang")
+    assert node.engine == "sglang"
+    node.report = NodeReport(id="n", url="http://n:1")
+    assert node.engine == "vllm"
+    node.config = NodeConfig(url="http://n:1", engine="other")
+    assert node.engine == "other"

@@ -165,3 +165,21 @@ class Steps:
             self._then(writer)
         else:
             await asyncio.Event().wait()
+
+
+class Flood:
+    """A script that says `parts` as fast as they are taken."""
+
+    def __init__(self, head: bytes, parts: list[bytes]) -> None:
+        self.sent = 0
+        self.body = b"".join(parts)
+        self._head = head
+        self._parts = parts
+
+    async def __call__(self, node: ScriptedNode, writer: asyncio.StreamWriter) -> None:
+        writer.write(self._head)
+        for part in self._parts:
+            writer.write(chunked(part)[:-5])
+            await writer.drain()
+            self.sent += len(part)
+        writer.write(b"0\r\n\r\n")

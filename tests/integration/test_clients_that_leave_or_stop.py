@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import hashlib
 import json
@@ -16,8 +15,8 @@ from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
 from tests.harness import Balancer
 from tests.integration.conftest import Serve
-from tests.integration.raw_http import CHAT, MODEL, Wire, ask, chat, chunked, payloads, post, text_of
-from tests.integration.scripted_node import ScriptedNode, ok, stream_head
+from tests.integration.raw_http import CHAT, MODEL, Wire, ask, chat, payloads, post, text_of
+from tests.integration.scripted_node import Flood, ScriptedNode, ok, stream_head
 
 SPEECH = {"model": MODEL, "input": "one two three four five six seven", "voice": "x"}
 
@@ -135,24 +134,6 @@ async def test_one_client_that_leaves_does_not_hurt_another(balancer: Balancer, 
 
 
 # -- clients that stop reading
-
-
-class Flood:
-    """A script that says `parts` as fast as they are taken."""
-
-    def __init__(self, head: bytes, parts: list[bytes]) -> None:
-        self.sent = 0
-        self.body = b"".join(parts)
-        self._head = head
-        self._parts = parts
-
-    async def __call__(self, node: ScriptedNode, writer: asyncio.StreamWriter) -> None:
-        writer.write(self._head)
-        for part in self._parts:
-            writer.write(chunked(part)[:-5])
-            await writer.drain()
-            self.sent += len(part)
-        writer.write(b"0\r\n\r\n")
 
 
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n'

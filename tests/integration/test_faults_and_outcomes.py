@@ -14,6 +14,7 @@ from tests.harness import QUIET, running
 
 # Limits for what hangs. Healthy answers come at once, so that these only have to be out of a slow machine's reach.
 SHORT = {"first_byte_s": 0.4, "unary_s": 0.4, "idle_s": 0.4}
+NONE = {"enabled": False}
 
 UNARY, STREAM = chat("a question"), chat("a question", stream=True)
 # Fault, request, outcome, and what the client sees when there is no other node.
@@ -113,7 +114,10 @@ async def test_a_stream_that_breaks_ends_with_one_error_event_and_is_sent_to_no_
 ) -> None:
     async with paced_node() as sick, FakeNode(instant=True) as well:
         sick.faults.add(fault)
-        async with running(*fleet(sick, well), timeouts=SHORT, **QUIET) as balancer, client_of(balancer.url) as client:
+        async with (
+            running(*fleet(sick, well), timeouts=SHORT, resume=NONE, **QUIET) as balancer,
+            client_of(balancer.url) as client,
+        ):
             reply = await client.post(STREAM)
         assert (reply.status, reply.code, reply.node, reply.attempts) == (200, code, "a", 1)
         assert "[DONE]" not in reply.events

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
@@ -11,7 +12,7 @@ import pytest
 
 from balancer.clock import SystemClock
 from balancer.core.node import ANY_MODEL
-from balancer.model_list import MAX_BYTES, ModelLister, model_ids
+from balancer.model_list import MAX_BYTES, ModelLister, engine_of, model_ids
 from tests.answering import Answering, Fleet, dead_url
 
 MODELS = "/v1/models"
@@ -19,6 +20,10 @@ MODELS = "/v1/models"
 
 def listing(*ids: str) -> tuple[int, Any]:
     return 200, {"object": "list", "data": [{"id": id_, "object": "model"} for id_ in ids]}
+
+
+def owned(*owners: Any) -> tuple[int, Any]:
+    return 200, {"object": "list", "data": [{"id": f"{at}", "owned_by": owner} for at, owner in enumerate(owners)]}
 
 
 @asynccontextmanager
@@ -110,14 +115,56 @@ async def test_nothing_is_known_of_a_node_that_never_answered() -> None:
         assert other.serves("a") is True
 
 
-async def test_configured_models_are_not_asked_for() -> None:
+async def test_a_node_with_configured_models_is_asked_for_its_engine_alone() -> None:
+    fleet = Fleet()
+    async with Answering({MODELS: owned("llamacpp")}) as server:
+        node = fleet.put(server.url, models=("b",))
+        async with listing_models(fleet):
+            await fleet.until(lambda: node.engine == "llamacpp")
+        assert node.known_models == {"b"}
+
+
+async def test_a_node_of_which_all_is_configured_is_not_asked() -> None:
     fleet = Fleet()
     async with Answering() as configured, Answering({MODELS: listing("a")}) as asked:
-        node, _ = fleet.put(configured.url, models=("b",)), fleet.put(asked.url)
+        node, _ = fleet.put(configured.url, models=("b",), engine="vllm"), fleet.put(asked.url)
         async with listing_models(fleet):
             await asked.asked_for(MODELS, 4)
         assert configured.asked == []
         assert node.serves("b") is True
+        assert node.engine == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("owners", "engine"),
+    [
+        (["vllm"], "vllm"),
+        (["vllm", "vllm"], "vllm"),
+        (["sglang"], "sglang"),
+        (["llamacpp"], "llamacpp"),
+        (["tensorrt_llm"], "trtllm"),
+        (["library"], "ollama"),
+        (["vllm", "sglang"], None),
+        (["organization-owner"], None),
+        ([None], None),
+        ([7], None),
+        ([], None),
+    ],
+)
+def test_an_engine_is_known_by_the_owner_of_all_its_models(owners: list[Any], engine: str | None) -> None:
+    assert engine_of(json.dumps(owned(*owners)[1]).encode()) == engine
+
+
+async def test_an_engine_that_is_another_one_now_is_noticed() -> None:
+    fleet = Fleet()
+    async with Answering({MODELS: owned("llamacpp")}) as server:
+        node = fleet.put(server.url)
+        async with listing_models(fleet):
+            await fleet.until(lambda: node.engine == "llamacpp")
+            server.answers[MODELS] = owned("vllm")
+            await fleet.until(lambda: node.engine == "vllm")
+            server.answers[MODELS] = 404
+            await fleet.until(lambda: node.engine is None)
 
 
 async def test_a_node_is_asked_again_when_it_recovers_and_not_while_it_is_down() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,10 +112,14 @@ async def test_several_choices_each_have_their_end(client: RawClient) -> None:
     assert sorted(finished) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("flags", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+GO_ON = {"continue_final_message": True, "add_generation_prompt": False}
+
+
+@pytest.mark.parametrize(("owner", "flags"), [("vllm", GO_ON), ("sglang", GO_ON), ("llamacpp", {})])
 async def test_a_chat_goes_on_exactly_where_its_text_was_cut(
-    node: FakeNode, client: RawClient, flags: dict[str, bool]
+    node: FakeNode, client: RawClient, owner: str, flags: dict[str, bool]
 ) -> None:
+    node.spec = replace(node.spec, owned_by=owner)
     events = await ask(client, chat(stream=True))
     text, pieces = chat_text(events), len(events) - 3
     for cut in (1, 5, len(text) // 2, len(text) - 1, len(text)):
@@ -124,6 +129,15 @@ async def test_a_chat_goes_on_exactly_where_its_text_was_cut(
         assert chat_text(rest) == text[cut:]
         assert rest[-2]["choices"][0]["finish_reason"] == "stop"
     assert pieces == (await ask(client, chat()))["usage"]["completion_tokens"]
+
+
+async def test_a_message_of_the_assistant_that_is_not_to_be_continued_is_answered(
+    node: FakeNode, client: RawClient
+) -> None:
+    text = chat_text(await ask(client, chat(stream=True)))
+    body = chat()
+    body["messages"].append({"role": "assistant", "content": text[:9]})
+    assert not text.endswith((await ask(client, body))["choices"][0]["message"]["content"])
 
 
 async def test_a_completion_goes_on_exactly_where_its_text_was_cut(client: RawClient) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.client import Client, Reply, client_of
+from tests.client import CHAT, Client, Reply, client_of
 from tests.harness import Balancer, running
 from tests.process import Process
 from tests.real.engine import MODEL, Engine, Unavailable, engine
@@ -21,6 +21,9 @@ pytestmark = pytest.mark.real("llama")
 SLOTS = 2
 # An answer of so many tokens takes a good part of a second.
 TOKENS = 600
+# Tokens kept from the model: those of more than one letter, the letters that they are made of, and white space. The
+# tokenizer reads what is left letter by letter, as the model wrote it, so that every place in a text is a good seam.
+READ_AS_WRITTEN = {str(token): -100 for token in (*b"haner \n", *range(260, 269))}
 # The agent's looks: often, so that a test sees soon what it waits for.
 AGENT = {"NODE_AGENT_GPU__ENABLED": "false", "NODE_AGENT_INTERVAL_S": "0.1"}
 QUICK_AGENTS = {"interval_s": 0.1}
@@ -148,6 +151,40 @@ async def test_engine_killed_in_mid_load_costs_only_streams_that_had_begun(engin
         after = await client.many(10, mixed)
         assert {(reply.is_whole, reply.node) for reply in after} == {(True, survivor)}
         await balancer.wait_for(lambda: "engine_unreachable" in figures(balancer, victim)["problems"])
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize("asks", [False, True])
+async def test_stream_of_a_killed_engine_is_continued_by_the_other_with_the_same_text(
+    engines: tuple[Engine, Engine], path: str, asks: bool
+) -> None:
+    body = {"model": MODEL, "temperature": 0, "max_tokens": 1500, "stream": True, "logit_bias": READ_AS_WRITTEN}
+    body |= {"messages": [{"role": "user", "content": "hello"}]} if path == CHAT else {"prompt": "hello"}
+    told = body | ({"stream_options": {"include_usage": True}} if asks else {})
+    async with balancing(engines, cache={"enabled": False}) as (balancer, client):
+        unbroken = await client.post(body | {"stream_options": {"include_usage": True}}, f"{engines[1].url}{path}")
+        begun = await client.open(told, path)
+        for _ in range(20):
+            await begun.event()
+        engines["ab".index(begun.headers["X-Balancer-Node"])].kill()
+        resumed = await begun.rest()
+        assert resumed.is_whole
+        assert said(resumed) == said(unbroken)
+        assert b": resumed\n\n" in resumed.body
+        assert balancer.counts("resumes") == {("ok",): 1}
+        assert len({event["id"] for event in resumed.events[:-1]}) == 1
+        usage = next(event["usage"] for event in reversed(unbroken.events[:-1]) if event.get("usage"))
+        counted = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        shown = [event["usage"] for event in resumed.events[:-1] if event.get("usage")]
+        assert shown == [counted] * (asks or path != CHAT)  # a completion's last text has it, asked for or not
+        line = balancer.requests[-1]
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (usage["prompt_tokens"], 1500)
+
+
+def said(reply: Reply) -> str:
+    """The text of a stream of either endpoint."""
+    choices = [choice for event in reply.events if event != "[DONE]" for choice in event["choices"]]
+    return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
 def mixed(number: int) -> dict[str, Any]:
