@@ -41,6 +41,7 @@ from balancer.wire.timers import TimerWheel
 
 if TYPE_CHECKING:
     from balancer.store.flights import Board
+    from balancer.watchdog import Watchdog
 
 log = get_logger()
 
@@ -86,6 +87,7 @@ class App:
         self._rng = rng or Random()
         self._tasks: list[asyncio.Task[None]] = []
         self._watchers: tuple[Watcher, ...] = ()
+        self.watchdog: Watchdog | None = None  # once it runs
         self._lag_s = 0.0
         self._build()
 
@@ -98,6 +100,7 @@ class App:
             routing=settings.routing,
             breaker=settings.breaker,
             health=settings.health,
+            outlier=settings.outlier,
             stale_s=settings.agents.stale_s,
             metrics=self.metrics,
             now=clock.now,
@@ -268,10 +271,13 @@ class App:
         """Checks, model lists, agents and the operations port; aiohttp comes with them, after the data port serves."""
         from balancer.health_check import HealthChecker
         from balancer.model_list import ModelLister
+        from balancer.watchdog import Watchdog
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
+        self.watchdog = Watchdog(registry, settings.timeouts.stall_s, settings.health.path, clock, self.metrics)
         self._watchers = (
             *([self.sharing] if self.sharing is not None else []),
+            self.watchdog,
             HealthChecker(registry, settings.health, clock, rng),
             ModelLister(registry, clock, rng),
             self.feed,
@@ -360,7 +366,9 @@ class App:
         self.attempts.configure(self._routing_of(old, new), new.retry, _answer_limits(new), new.timeouts.connect_s)
         self.hedging.configure(new.hedge, self.intake.rules)
         self.verdicts.configure(new.retry.verdict_s)
-        self.registry.configure(new.routing)
+        self.registry.configure(new.routing, new.outlier)
+        if self.watchdog is not None:
+            self.watchdog.configure(new.timeouts.stall_s)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)
         self._settings = new
@@ -437,6 +445,7 @@ def _answer_limits(settings: Settings) -> AnswerLimits:
         unary_s=timeouts.unary_s,
         commit_s=timeouts.commit_s,
         check_bytes=settings.upstream.check_bytes,
+        stall_s=timeouts.stall_s,
         return_headers=frozenset(name.lower().encode() for name in settings.upstream.return_headers),
     )
 
