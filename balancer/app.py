@@ -43,6 +43,7 @@ from balancer.wire.timers import TimerWheel
 
 if TYPE_CHECKING:
     from balancer.store.flights import Board
+    from balancer.watchdog import Watchdog
 
 log = get_logger()
 
@@ -88,6 +89,7 @@ class App:
         self._rng = rng or Random()
         self._tasks: list[asyncio.Task[None]] = []
         self._watchers: tuple[Watcher, ...] = ()
+        self.watchdog: Watchdog | None = None  # once it runs
         self._lag_s = 0.0
         self._build()
 
@@ -101,12 +103,13 @@ class App:
             routing=settings.routing,
             breaker=settings.breaker,
             health=settings.health,
+            outlier=settings.outlier,
             stale_s=settings.agents.stale_s,
             metrics=self.metrics,
             now=clock.now,
             rng=self._rng,
         )
-        self.registry.configure(settings.routing, adaptive=settings.queue.adaptive)
+        self.registry.configure(settings.routing, settings.outlier, adaptive=settings.queue.adaptive)
         self.store = self._make_store()
         self.memory = (
             self.store if isinstance(self.store, MemoryStore) else MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
@@ -289,10 +292,13 @@ class App:
         """Checks, model lists, agents and the operations port; aiohttp comes with them, after the data port serves."""
         from balancer.health_check import HealthChecker
         from balancer.model_list import ModelLister
+        from balancer.watchdog import Watchdog
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
+        self.watchdog = Watchdog(registry, settings.timeouts.stall_s, settings.health.path, clock, self.metrics)
         self._watchers = (
             *([self.sharing] if self.sharing is not None else []),
+            self.watchdog,
             HealthChecker(registry, settings.health, clock, rng),
             ModelLister(registry, clock, rng),
             self.feed,
@@ -385,7 +391,9 @@ class App:
         self.verdicts.configure(new.retry.verdict_s)
         self.resumes.enabled = new.resume.enabled
         self.proxy.comment_after_s = new.queue.comment_after_s
-        self.registry.configure(new.routing, adaptive=new.queue.adaptive)
+        self.registry.configure(new.routing, new.outlier, adaptive=new.queue.adaptive)
+        if self.watchdog is not None:
+            self.watchdog.configure(new.timeouts.stall_s)
         self.registry.replace_all(new.nodes)
         self.attempts.follow(self.registry.nodes)
         self._settings = new
@@ -464,6 +472,7 @@ def _answer_limits(settings: Settings, buffered: Buffered) -> AnswerLimits:
         commit_s=timeouts.commit_s,
         check_bytes=settings.upstream.check_bytes,
         buffered=buffered,
+        stall_s=timeouts.stall_s,
         return_headers=frozenset(name.lower().encode() for name in settings.upstream.return_headers),
     )
 

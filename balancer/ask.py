@@ -60,16 +60,26 @@ def open_session() -> aiohttp.ClientSession:
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, *, timeout_s: float, max_bytes: int = 0, api_key: str | None = None
+    session: aiohttp.ClientSession,
+    url: str,
+    *,
+    timeout_s: float,
+    max_bytes: int = 0,
+    api_key: str | None = None,
+    body: bytes | None = None,
 ) -> Answer:
-    """GET `url`; with `max_bytes` 0 the body is not waited for. Raises NoAnswer."""
+    """GET `url`, or POST `body` as JSON; with `max_bytes` 0 the answer's body is not waited for. Raises NoAnswer."""
     import aiohttp
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
     try:
         async with (
             asyncio.timeout(timeout_s),
-            session.get(url, headers=headers, allow_redirects=False) as response,
+            session.request(
+                "GET" if body is None else "POST", url, data=body, headers=headers, allow_redirects=False
+            ) as response,
         ):
             return Answer(response.status, await _body(response, max_bytes) if max_bytes else b"")
     except (aiohttp.ClientError, OSError, ValueError) as error:  # a TimeoutError is an OSError

@@ -8,19 +8,17 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from random import Random
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from tenacity import AsyncRetrying, RetryCallState
 
 from balancer.admission import Admission
 from balancer.clock import Clock
-from balancer.core.books import Sent
-from balancer.core.breaker import Permit
 from balancer.core.hedge import has_room
 from balancer.core.node import Node
 from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Fault, Outcome
 from balancer.core.poison import DEATHS
-from balancer.core.request import InferenceRequest, NodeId
+from balancer.core.request import BYTES_PER_TOKEN, InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
 from balancer.core.routing import Routing
@@ -38,6 +36,7 @@ from balancer.errors import (
 )
 from balancer.explain import Call
 from balancer.hedging import LOST, Hedging
+from balancer.live import LiveAttempt, Slot
 from balancer.metrics import Metrics
 from balancer.registry import Registry
 from balancer.verdicts import Verdicts
@@ -54,28 +53,17 @@ NO_NODE_RETRY_S = 1.0
 SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
 
 
-class Slot(NamedTuple):
-    """A node, the right to one attempt there, and its entry in the node's books."""
-
-    node: Node
-    permit: Permit
-    sent: Sent | None
-
-
-class Attempt:
+class Attempt(LiveAttempt):
     """One try on one node. Used as a context: leaving it settles the node's books exactly once."""
 
-    __slots__ = ("_attempts", "_settled", "answer", "call", "connect_outcome", "node", "request", "slot", "started_s")
+    __slots__ = ("_attempts", "_settled", "call", "connect_outcome", "started_s")
 
     def __init__(
         self, attempts: Attempts, slot: Slot, answer: Answer, request: InferenceRequest, call: Call, now: float
     ) -> None:
+        super().__init__(slot, answer, request)
         self._attempts = attempts
         self._settled = False
-        self.slot = slot
-        self.node = slot.node
-        self.answer = answer
-        self.request = request
         self.call = call
         self.started_s = now
         self.connect_outcome: Outcome | None = None
@@ -96,13 +84,17 @@ class Attempt:
         """The attempt is over: count it for the node."""
         if not self._settled:
             self._settled = True
-            self.answer.on_first_token = None
+            self.answer.on_first_token = self.answer.may_commit = None
             self._attempts.settled(self)
 
     def lose(self) -> None:
         """Another attempt of the same request was quicker."""
         self.answer.cancel(Outcome.HEDGE_LOST)
         self.settle()
+
+    def has_another(self) -> bool:
+        """Whether another node may have the request."""
+        return self._attempts.has_another(self.request)
 
     def first_token(self, now: float) -> None:
         """The first token of a stream came."""
@@ -269,7 +261,7 @@ class Attempts:
 
     def _decide(self, plan: RetryPlan, attempt: Attempt, request: InferenceRequest) -> Retry | GiveUp:
         outcome = attempt.outcome
-        if outcome.ruling.again is not Again.NEVER and not self._has_another(request):
+        if outcome.ruling.again is not Again.NEVER and not self.has_another(request):
             return GiveUp("no_node_left")
         if self._verdicts.is_condemned(request):
             return GiveUp("poison")
@@ -281,10 +273,10 @@ class Attempts:
             self._metrics.retry_budget_exhausted.inc()
         return decision
 
-    def _has_another(self, request: InferenceRequest) -> bool:
+    def has_another(self, request: InferenceRequest) -> bool:
         """Whether some node is left to be tried: without one a retry is neither waited for nor paid."""
         candidates = self._registry.candidates(request.model, self._clock.now())
-        return any(node.id not in request.tried for node in candidates.nodes)
+        return any(node.id not in request.tried and not node.is_wedged for node in candidates.nodes)
 
     async def _try(self, request: InferenceRequest, call: Call, again_at: Node | None = None) -> Attempt:
         """One attempt, up to its commit point or its failure; `again_at` is the node to take if it may be had."""
@@ -306,6 +298,7 @@ class Attempts:
         attempt = Attempt(self, slot, answer, request, call, now)
         if request.stream:
             answer.on_first_token = attempt.first_token
+            answer.may_commit = attempt.may_commit
         try:
             pool, credentials = self._pool(node)
             connection = pool.idle(now) or await self._connect(pool, attempt, request.deadline_s - now)
@@ -313,6 +306,8 @@ class Attempts:
                 self._send(attempt, request, connection, pool, credentials)
                 if not (answer.committed or answer.ended):
                     await answer.wait()
+                if answer.outcome is Outcome.MISCONFIGURED:
+                    self._excuse_unknown_model(answer, request)
                 if self._may_ask_again(attempt, request, pool):
                     request.tried.discard(node.id)
                     attempt.settle()
@@ -409,7 +404,12 @@ class Attempts:
             request.head_lines,
             len(body),
         )
+        attempt.tokens = len(body) / BYTES_PER_TOKEN
         connection.exchange(head, body, attempt.answer, now)
+
+    def _excuse_unknown_model(self, answer: Answer, request: InferenceRequest) -> None:
+        if answer.status == 404 and not self._registry.vouches_for(request.model):
+            answer.outcome = Outcome.UNKNOWN_MODEL
 
     @staticmethod
     def _scanner(request: InferenceRequest) -> StreamScanner | None:
@@ -467,6 +467,7 @@ class Attempts:
 
     def first_token(self, attempt: Attempt, now: float) -> None:
         """The first token of a stream came."""
+        attempt.began(now, self._registry.slow_factor)
         self.routing.first_token(attempt.node, attempt.slot.sent, now)
         if attempt.request.account is not None:
             self._verdicts.left(attempt.request, attempt.node, alive=True)
@@ -478,7 +479,8 @@ class Attempts:
         """Count one attempt's end, for its node and for the metrics."""
         now = self._clock.now()
         outcome, node, answer, request = attempt.outcome, attempt.node, attempt.answer, attempt.request
-        self._registry.settle(node, attempt.slot.permit, outcome, now)
+        attempt.over()
+        self._registry.settle(node, attempt.slot.permit, outcome, now, request.model, slow=attempt.slow)
         if outcome.ruling.fault is Fault.NODE:
             permit, sent_s = attempt.slot.permit, attempt.started_s
             before, label, seconds = attempt.call.attempts[-1] if attempt.call.attempts else ("", "", 0.0)
@@ -492,7 +494,6 @@ class Attempts:
             used = (answer.usage.prompt, answer.usage.completion) if answer.usage is not None else None
             self.routing.ended(node, attempt.slot.sent, request, outcome, used, now)
         if answer.first_token_s:
-            node.load.first_token(answer.first_token_s - answer.sent_s, now)
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)
         elif outcome.ruling.cut_weight and attempt.connect_outcome is None:
             rest_s = retry_after_s(answer.head.retry_after if answer.head else None, self._clock.wall())
@@ -522,8 +523,8 @@ class Attempts:
         """The last failure as the client sees it: a node's own 4xx where all nodes say it, else an error."""
         outcome, answer = last.outcome, last.answer
         met = {label for _, label, _ in call.attempts}
-        all_say_so = met == {outcome.label} and not self._has_another(request)
-        if outcome is Outcome.MISCONFIGURED and all_say_so and answer.status in SHOWN_STATUS:
+        all_say_so = met == {outcome.label} and not self.has_another(request)
+        if outcome in _NOT_THERE and all_say_so and answer.status in SHOWN_STATUS:
             return last
         if outcome is Outcome.BACK_PRESSURE:
             if met == {outcome.label}:
@@ -538,6 +539,7 @@ def _credentials(node: Node) -> bytes:
 
 
 _COUNTED = frozenset(outcome.label for outcome in Outcome if outcome.ruling.again is Again.BUDGET)
+_NOT_THERE = (Outcome.MISCONFIGURED, Outcome.UNKNOWN_MODEL)
 _REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
 _TRUNCATIONS = frozenset(
     {
@@ -546,6 +548,7 @@ _TRUNCATIONS = frozenset(
         Outcome.NO_FINISH_REASON,
         Outcome.NO_GOOD_END,
         Outcome.IDLE_TIMEOUT,
+        Outcome.WEDGED,
     }
 )
 

@@ -26,10 +26,13 @@ class CheckState:
     good: bool | None = None  # the last check
     in_a_row: int = 0  # how many checks said the same, the last one included
 
-    def next(self, good: bool, policy: HealthPolicy) -> CheckState:
-        """The state after one more check: the first decides, then it takes `fall` bad or `rise` good in a row."""
+    def next(self, good: bool, policy: HealthPolicy, *, decisive: bool = True) -> CheckState:
+        """The state after one more check: the first decides, then it takes `fall` bad or `rise` good in a row.
+
+        A first check that is not decisive (nothing came in time) decides nothing alone: it takes `fall` of them.
+        """
         in_a_row = self.in_a_row + 1 if good is self.good else 1
-        needed = 1 if self.up is None else policy.rise if good else policy.fall
+        needed = 1 if self.up is None and (good or decisive) else policy.rise if good else policy.fall
         return CheckState(good if in_a_row >= needed else self.up, good, in_a_row)
 
     def turned_good(self, before: CheckState) -> bool:
@@ -100,13 +103,13 @@ class HealthChecker:
             good, reason = judge(answer)
         except NoAnswer as error:
             good, reason = False, error.reason
-        self._note(node, good, reason)
+        self._note(node, good, reason, decisive=reason != "timeout")
 
-    def _note(self, node: Node, good: bool, reason: str) -> None:
+    def _note(self, node: Node, good: bool, reason: str, *, decisive: bool = True) -> None:
         if self._registry.nodes.get(node.id) is not node:
             return  # it left while it was asked
         before = self._states.get(node, CheckState())
-        state = self._states[node] = before.next(good, self._policy)
+        state = self._states[node] = before.next(good, self._policy, decisive=decisive)
         self._registry.checked(node, state.up, reason, self._clock.now())
         if state.turned_good(before) and node.breaker.nudge():
             self._registry.touch()

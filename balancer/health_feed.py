@@ -29,6 +29,7 @@ MAX_BYTES = 1024 * 1024
 UNMATCHED_SOURCES = 256
 UNMATCHED_NODES = 64
 NAME_CHARS = 256
+_NEVER = float("-inf")
 
 log = get_logger()
 
@@ -157,11 +158,12 @@ class HealthFeed:
         self._reached_s[agent] = self._clock.now()
 
     def _missed(self, agent: str, reason: str) -> None:
-        """One poll without a report; said when it is the first, or when the last report has become too old."""
-        reached_s = self._reached_s.get(agent, float("-inf"))
-        if reached_s is not None and self._clock.now() - reached_s > self._stale_s:
-            log.warning("agent.lost", agent=agent, reason=reason)
-            self._reached_s[agent] = None
+        """One poll without a report; said when none has ever come, or when the last one has become too old."""
+        reached_s = self._reached_s.get(agent, _NEVER)
+        if reached_s is None or self._clock.now() - reached_s <= self._stale_s:
+            return
+        log.warning("agent.unreachable" if reached_s == _NEVER else "agent.lost", agent=agent, reason=reason)
+        self._reached_s[agent] = None
 
     # -- taking in
 

@@ -169,8 +169,14 @@ class Metrics:
         )
         self.node_requests_in_flight = Gauge("balancer_node_requests_in_flight", "Our requests at a node", ("node",))
         self.node_limit = Gauge("balancer_node_limit_requests", "Our requests that a node may have at once", ("node",))
+        self.node_drift = Gauge(
+            "balancer_node_in_flight_drift", "Our requests at a node less those its agent counts as ours", ("node",)
+        )
         self.node_cost = Gauge("balancer_node_cost_seconds", "Predicted seconds of prompts queued there", ("node",))
         self.node_state = Gauge("balancer_node_state", "1 for the state that a node is in", ("node", "state"))
+        self.probes = Counter(
+            "balancer_probes_total", "Requests of one token that asked whether a node moves", ("outcome",)
+        )
         self.breaker_state = Gauge("balancer_breaker_state", "0 closed, 1 half-open, 2 open", ("node",))
         self.report_age = Gauge("balancer_report_age_seconds", "Age of what a node's agent last said", ("node",))
         self.unmatched_reports = Counter(

@@ -11,6 +11,7 @@ from balancer.core.breaker import Breaker, BreakerPolicy, Change, Closed, HalfOp
 from balancer.core.health import HealthPolicy, HealthState, HostReport, NodeReport, Verdict, assess
 from balancer.core.node import ANY_MODEL, NODE_STATES, Node, NodeConfig
 from balancer.core.outcome import Outcome
+from balancer.core.outlier import FORGIVEN, Ejection, Member, OutlierPolicy, eject_s, judge
 from balancer.core.request import NodeId
 from balancer.core.selection import Candidates, RoutingPolicy, sift
 from balancer.log import get_logger
@@ -20,6 +21,10 @@ from balancer.settings import node_id
 # A node that says 429 or 503 without a Retry-After rests this long; with one, for what it says, up to the second.
 DEFAULT_REST_S = 1.0
 MAX_REST_S = 3600.0
+# Models remembered because a node answered for them; nodes without a list may answer to any name.
+VOUCHED_MODELS = 1024
+
+NO_COMPARISON = OutlierPolicy(enabled=False)
 
 log = get_logger()
 
@@ -33,6 +38,7 @@ class Registry:
         routing: RoutingPolicy,
         breaker: BreakerPolicy,
         health: HealthPolicy,
+        outlier: OutlierPolicy = NO_COMPARISON,
         stale_s: float,
         metrics: Metrics,
         now: Callable[[], float],
@@ -41,16 +47,20 @@ class Registry:
         self._routing = routing
         self._breaker_policy = breaker
         self._health_policy = health
+        self._outlier_policy = outlier
+        self._compared_s = now()
         self._stale_s = stale_s
         self._metrics = metrics
         self._now = now
         self._rng = rng
         self._nodes: dict[NodeId, Node] = {}
         self._candidates: dict[str, Candidates] = {}
+        self._vouched: dict[str, None] = {}  # models that some node answered for, oldest first
         self._listeners: list[Callable[[], None]] = []
         self.on_report: Callable[[Node, NodeReport, float, float], None] | None = None
         self.on_gone: Callable[[NodeId], None] | None = None
         self.started_s = now()
+        self.slow_factor = breaker.slow_factor  # times its prediction a first token may take; None: any
         self.listed_models: frozenset[str] = frozenset()  # that some node serves: they may be metrics' labels
         self.is_bounded = False  # some node has a limit of requests in flight
         self._adaptive = True
@@ -59,12 +69,15 @@ class Registry:
     def __repr__(self) -> str:
         return f"<Registry {' '.join(map(repr, self._nodes.values()))}>"
 
-    def configure(self, routing: RoutingPolicy, *, adaptive: bool) -> None:
-        """New routing settings; `adaptive`: nodes get no more requests than they show that they can take."""
+    def configure(self, routing: RoutingPolicy, outlier: OutlierPolicy, *, adaptive: bool) -> None:
+        """New settings; `adaptive`: nodes get no more requests than they show that they can take."""
         self._routing = routing
+        self._outlier_policy = outlier
         self._adaptive = adaptive
         for node in self._nodes.values():
             node.relimit(adaptive=adaptive)
+            if not outlier.enabled:
+                node.ejected_until_s = min(node.ejected_until_s, self._now())
         self.touch()
 
     # -- who is there
@@ -144,6 +157,15 @@ class Registry:
         known = [node for node in self._nodes.values() if node.serves(model)]
         return known or [node for node in self._nodes.values() if node.serves(model) is None]
 
+    def vouches_for(self, model: str) -> bool:
+        """Whether the model is real as far as is known: some node lists it, or has answered for it."""
+        return model in self._vouched or model in self.listed_models
+
+    def _vouch(self, model: str) -> None:
+        if len(self._vouched) >= VOUCHED_MODELS:
+            del self._vouched[next(iter(self._vouched))]
+        self._vouched[model] = None
+
     def model_unknown(self, model: str) -> bool:
         """True when every node's list is known and lacks the model."""
         return bool(self._nodes) and all(node.serves(model) is False for node in self._nodes.values())
@@ -163,7 +185,7 @@ class Registry:
             return "no nodes are configured"
         for node in self._nodes.values():
             waiting = not node.judged and now - self.started_s < 5.0
-            if not node.drained and not node.known_down and node.breaker.is_closed and (node.judged or waiting):
+            if node.is_sound and node.breaker.is_closed and node.ejected_until_s <= now and (node.judged or waiting):
                 return None
         return "no node is eligible by evidence"
 
@@ -186,6 +208,14 @@ class Registry:
         node.report = report
         node.report_at_s = now - host.age_s
         node.load.picks_since_report = 0
+        counters = (report.generation_tokens_total, report.uncached_prompt_tokens_total)
+        if counters != node.counters:
+            if node.counters != (None, None):
+                node.moved_s = node.report_at_s
+            node.counters = counters
+        if report.running is not None:
+            others = node.books.others_now(now).requests
+            node.drift = node.load.rif - max(0.0, report.running + (report.queue_depth or 0.0) - others)
         if self.on_report is not None:
             self.on_report(node, report, node.report_at_s, now)
         node.concurrency.report(report, node.load.rif)
@@ -210,6 +240,7 @@ class Registry:
             node.report = None
             node.concurrency.forget_report()
             node.relimit(adaptive=self._adaptive)
+            node.drift = None
             node.drained_by_agent = False
             if node.health.verdict is Verdict.OUT:
                 self._recovered(node, now)
@@ -254,6 +285,85 @@ class Registry:
         node.relimit(adaptive=self._adaptive)
         self.touch()
 
+    def wedged(self, node: Node, reason: str, now: float) -> None:
+        """The watchdog found that nothing moves there: out, until it answers a probe."""
+        node.wedged_since_s = now
+        node.wedged_by = reason
+        log.warning(
+            "node.wedged",
+            node=node.id,
+            reason=reason,
+            silent_s=round(now - node.heard_s, 1) if node.heard_s > 0.0 else None,
+            in_flight=node.load.rif,
+        )
+        self.touch()
+
+    def unwedged(self, node: Node, now: float) -> None:
+        """It moves again."""
+        assert node.wedged_since_s is not None
+        log.info("node.unwedged", node=node.id, after_s=round(now - node.wedged_since_s, 1))
+        node.wedged_since_s = None
+        self._recovered(node, now)
+        self.touch()
+
+    def compare(self, now: float) -> None:
+        """Once a second: who is worse than its peers is ejected, who has been out long enough comes back."""
+        policy = self._outlier_policy
+        keep = math.exp(-max(0.0, now - self._compared_s) / policy.window_s)
+        self._compared_s = now
+        groups: dict[frozenset[str] | None, list[Node]] = {}
+        for node in self._nodes.values():
+            groups.setdefault(node.known_models, []).append(node)
+            if node.ejections:
+                self._let_back(node, policy, now)
+        if not policy.enabled:
+            return
+        for group in groups.values():
+            members = [self._member(node, now) for node in group]
+            for ejection in judge(members, policy):
+                self._eject(group[ejection.at], ejection, now)
+            for node in group:
+                node.tally.fade(keep)
+
+    def _member(self, node: Node, now: float) -> Member:
+        ejected = node.ejected_until_s > now
+        eligible = node.is_sound and not ejected and node.breaker.is_closed
+        return Member(tally=node.tally, eligible=eligible, ejected=ejected, ejections=node.ejections)
+
+    def _eject(self, node: Node, ejection: Ejection, now: float) -> None:
+        node.ejected_until_s = now + ejection.for_s
+        node.ejected_by = ejection.reason
+        node.ejections += 1
+        node.tally.clear()
+        log.warning(
+            "node.ejected",
+            node=node.id,
+            reason=ejection.reason,
+            value=round(ejection.value, 3),
+            others=round(ejection.others, 3),
+            for_s=ejection.for_s,
+        )
+        self.touch()
+
+    def _let_back(self, node: Node, policy: OutlierPolicy, now: float) -> None:
+        if node.ejected_by and node.ejected_until_s <= now:
+            node.ejected_by = ""
+            node.ramp_from_s = now
+            node.tally.clear()
+            log.info("node.readmitted", node=node.id, ejections=node.ejections)
+            self.touch()
+        elif now - node.ejected_until_s > FORGIVEN * eject_s(policy, node.ejections - 1):
+            node.ejections = 0
+
+    def true_up(self, now: float) -> None:
+        """Once a second: take off what is counted in flight and stands for no attempt."""
+        for node in self._nodes.values():
+            leaked = node.leak.look(node.load.rif - len(node.live), now)
+            if leaked:
+                node.load.rif -= leaked
+                log.error("node.count_repaired", node=node.id, requests=leaked)
+                self._tell()
+
     # -- what requests met
 
     def first_token(self, node: Node, ttft_s: float, prompt_tokens: float, now: float) -> None:
@@ -291,10 +401,21 @@ class Registry:
         node.breaker.release(permit)
         self._tell()
 
-    def settle(self, node: Node, permit: Permit, outcome: Outcome, now: float) -> None:
-        """One attempt is over: its slot is free, and its outcome counts for what it says about the node."""
+    def settle(
+        self, node: Node, permit: Permit, outcome: Outcome, now: float, model: str = "", *, slow: bool = False
+    ) -> None:
+        """One attempt is over: its slot is free, and its outcome counts for what it says about the node.
+
+        `slow`: its first token took far longer than predicted.
+        """
+        if outcome is Outcome.OK and model not in self._vouched:
+            self._vouch(model)
         node.load.end()
         ruling = outcome.ruling
+        if ruling.breaker:
+            node.tally.good += 1.0
+        elif ruling.breaker is False and outcome is not Outcome.WEDGED:  # it is out for that already
+            node.tally.bad += 1.0
         if ruling.breaker is None:
             node.breaker.release(permit)
         elif ruling.breaker:
@@ -305,6 +426,8 @@ class Registry:
                 if isinstance(change, Closed):
                     self._recovered(node, now)
                 self._changed(node, change)
+            elif slow:
+                self._changed(node, node.breaker.record(permit, True, now, slow=True))
             else:
                 node.breaker.record(permit, True, now)
         else:
@@ -321,6 +444,7 @@ class Registry:
         """A failure that was counted for the node at `at_s` was the request's own."""
         node.load.forgive()
         node.books.forgive()
+        node.tally.bad = max(0.0, node.tally.bad - 1.0)
         if node.breaker.forgive(permit, at_s):
             self.touch()
 
@@ -340,6 +464,7 @@ class Registry:
         node.concurrency.forget_trouble()
         node.relimit(adaptive=self._adaptive)
         node.load.failure = node.books.failure = 0.0  # what it did before says nothing of what it is now
+        node.tally.clear()
         node.breaker.nudge()
 
     def _changed(self, node: Node, change: Change | None) -> None:
@@ -357,7 +482,8 @@ class Registry:
 
     def describe(self, node: Node, now: float) -> dict[str, Any]:
         """One node as the admin API shows it."""
-        by_evidence = not node.drained and not node.known_down and node.breaker.admits(now)
+        ejected = node.ejected_until_s > now
+        by_evidence = node.is_sound and not ejected and node.breaker.admits(now)
         by_panic = not by_evidence and any(kept.panic and node in kept.nodes for kept in self._candidates.values())
         return {
             "id": node.id,
@@ -372,6 +498,10 @@ class Registry:
             "admin": {"drained_by_operator": node.drained_by_operator, "drained_by_agent": node.drained_by_agent},
             "health": {"verdict": node.health.verdict.value, "reasons": list(node.health.reasons)},
             "check": {"up": node.check_up, "reason": node.check_reason},
+            "wedged": {"by": node.wedged_by, "for_s": round(now - node.wedged_since_s, 3)}
+            if node.wedged_since_s is not None
+            else None,
+            "ejected": {"by": node.ejected_by, "for_s": round(node.ejected_until_s - now, 3)} if ejected else None,
             "breaker": node.breaker.state,
             "load": {
                 "requests_in_flight": node.load.rif,
@@ -396,6 +526,7 @@ class Registry:
         metrics.report_age.read = lambda: [
             ((n.id,), self._now() - n.report_at_s) for n in nodes.values() if n.report is not None
         ]
+        metrics.node_drift.read = lambda: [((n.id,), n.drift) for n in nodes.values() if n.drift is not None]
         metrics.node_state.read = lambda: [
             ((n.id, state), float(n.state(self._now()) == state)) for n in nodes.values() for state in NODE_STATES
         ]

@@ -18,6 +18,7 @@ from balancer.core.breaker import BreakerPolicy
 from balancer.core.health import HealthPolicy
 from balancer.core.hedge import HedgePolicy
 from balancer.core.node import NodeConfig
+from balancer.core.outlier import OutlierPolicy
 from balancer.core.retry import RetryPolicy
 from balancer.core.selection import RoutingPolicy
 
@@ -254,6 +255,7 @@ class Settings(BaseSettings):
     retry: RetryPolicy = RetryPolicy()
     timeouts: TimeoutsConfig = TimeoutsConfig()
     breaker: BreakerPolicy = BreakerPolicy()
+    outlier: OutlierPolicy = OutlierPolicy()
     health: HealthPolicy = HealthPolicy()
     agents: AgentsConfig = AgentsConfig()
     queue: QueueConfig = QueueConfig()

@@ -32,6 +32,9 @@ class BreakerPolicy:
     window_s: Annotated[float, Field(gt=0)] = 10.0
     open_s: Annotated[float, Field(gt=0)] = 3.0  # doubles on each failed probe
     max_open_s: Annotated[float, Field(gt=0)] = 60.0
+    # A stream is slow whose first token took so many times longer than predicted; None: slow ones are not counted.
+    slow_factor: Annotated[float, Field(gt=1)] | None = None
+    slow_ratio: Annotated[float, Field(gt=0, le=1)] = 0.8  # share of slow ones among good and bad within the window
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Breaker:
         self._permit = Permit(0)
         self._probe: Permit | None = None  # the one that holds the lease
         self._consecutive = 0
-        self._window: deque[list[float]] = deque()  # [second, successes, failures]
+        self._window: deque[list[float]] = deque()  # [second, successes, failures, slow successes]
         self._open_for_s = policy.open_s
         self._opened_s = self._open_until_s = 0.0
         self._probe_lease_s = self._probe_at_s = float("-inf")
@@ -140,8 +143,8 @@ class Breaker:
         """A permit outside the breaker's say, for panic: its result counts only while the breaker is closed."""
         return self._permit if self.is_closed else Permit(-1)
 
-    def record(self, permit: Permit, success: bool, now: float) -> Change | None:
-        """Count one result. A result from an older generation is dropped."""
+    def record(self, permit: Permit, success: bool, now: float, *, slow: bool = False) -> Change | None:
+        """Count one result. A result from an older generation is dropped. A probe may be slow: it came back."""
         if permit.generation != self._generation:
             return None
         if permit.probe:
@@ -149,7 +152,10 @@ class Breaker:
         if success:
             self._consecutive = 0
             self._count(now, 1)
-            return None
+            if not slow:
+                return None
+            self._window[-1][3] += 1
+            return self._open(now, "slow_calls") if self._drags(now) else None
         self._consecutive += 1
         self._count(now, 2)
         reason = self._tripped(now)
@@ -201,11 +207,17 @@ class Breaker:
             return "failure_ratio"
         return None
 
+    def _drags(self, now: float) -> bool:
+        self._expire(now)
+        total = sum(bucket[1] + bucket[2] for bucket in self._window)
+        slow = sum(bucket[3] for bucket in self._window)
+        return total >= self._policy.min_requests and slow >= self._policy.slow_ratio * total
+
     def _count(self, now: float, column: int) -> None:
         second = float(int(now))
         if not self._window or self._window[-1][0] != second:
             self._expire(now)
-            self._window.append([second, 0, 0])
+            self._window.append([second, 0, 0, 0])
         self._window[-1][column] += 1
 
     def _expire(self, now: float) -> None:

@@ -15,8 +15,10 @@ from balancer.core.books import Books
 from balancer.core.breaker import Breaker
 from balancer.core.concurrency import Concurrency
 from balancer.core.health import HealthState, NodeReport, Verdict
-from balancer.core.load import Load
+from balancer.core.load import Leak, Load
+from balancer.core.outlier import Tally
 from balancer.core.request import NodeId
+from balancer.core.wedge import UnderWay
 
 # After joining or recovering a node's share grows from RAMP_FLOOR to all of it over this many seconds.
 RAMP_S = 10.0
@@ -87,6 +89,18 @@ class Node:
     books: Books = field(default_factory=Books)
     concurrency: Concurrency = field(default_factory=Concurrency)
     limit: float = math.inf  # requests in flight; the registry keeps it up to date
+    live: set[UnderWay] = field(default_factory=set)  # attempts that have not ended
+    heard_s: float = float("-inf")  # a body's byte came; later ones stand with the attempts under way
+    counters: tuple[float | None, float | None] = (None, None)  # the engine's: tokens generated, prompt tokens read
+    moved_s: float = float("-inf")  # when they last did
+    wedged_since_s: float | None = None
+    wedged_by: str = ""
+    tally: Tally = field(default_factory=Tally)
+    ejected_until_s: float = float("-inf")  # worse than its peers
+    ejected_by: str = ""
+    ejections: int = 0  # in a row
+    leak: Leak = field(default_factory=Leak)
+    drift: float | None = None  # our requests less the engine's own count, when its agent last reported
     models: frozenset[str] | None = field(init=False)
     weight: float = field(init=False)
 
@@ -135,6 +149,16 @@ class Node:
         return self.check_up is False or self.health.verdict is Verdict.OUT
 
     @property
+    def is_wedged(self) -> bool:
+        """Work was in flight there and nothing moved; until it answers a probe."""
+        return self.wedged_since_s is not None
+
+    @property
+    def is_sound(self) -> bool:
+        """Neither drained nor known to be of no use now; what its breaker says is another question."""
+        return not (self.drained or self.known_down or self.is_wedged)
+
+    @property
     def judged(self) -> bool:
         """Whether any evidence about it has come in yet."""
         return self.check_up is not None or self.report is not None or self.answered_s > float("-inf")
@@ -155,18 +179,22 @@ class Node:
         return share
 
     def state(self, now: float) -> str:
-        """One word for people and for the metric: drained, down, out, open, blocked, degraded or ready."""
+        """One word for people and for the metric, the gravest of NODE_STATES that holds."""
         if self.drained:
             return "drained"
         if self.check_up is False:
             return "down"
         if self.health.verdict is Verdict.OUT:
             return "out"
+        if self.is_wedged:
+            return "wedged"
         if not self.breaker.is_closed:
             return self.breaker.state
+        if self.ejected_until_s > now:
+            return "ejected"
         if self.blocked_until_s > now:
             return "blocked"
         return "degraded" if self.health.verdict is Verdict.DEGRADED else "ready"
 
 
-NODE_STATES = ("ready", "degraded", "blocked", "open", "half-open", "out", "down", "drained")
+NODE_STATES = ("ready", "degraded", "blocked", "ejected", "open", "half-open", "wedged", "out", "down", "drained")

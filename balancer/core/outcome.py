@@ -60,9 +60,11 @@ class Outcome(Enum):
     FIRST_BYTE_TIMEOUT = "first_byte_timeout"
     IDLE_TIMEOUT = "idle_timeout"
     UNARY_TIMEOUT = "unary_timeout"
+    WEDGED = "wedged"
     DEADLINE = "deadline"
     REQUEST_ERROR = "request_error"
     MISCONFIGURED = "misconfigured"
+    UNKNOWN_MODEL = "unknown_model"
     BACK_PRESSURE = "back_pressure"
     SERVER_ERROR = "server_error"
     BAD_FRAMING = "bad_framing"
@@ -92,10 +94,14 @@ RULINGS: Mapping[Outcome, Ruling] = {
     Outcome.FIRST_BYTE_TIMEOUT: _NODE,
     Outcome.IDLE_TIMEOUT: _NODE,
     Outcome.UNARY_TIMEOUT: _NODE,
+    # Taken from a node that stopped moving with everything else there: whatever did it, this request pays nothing.
+    Outcome.WEDGED: Ruling(fault=Fault.NODE, again=Again.FREE, breaker=False, failure_price=True),
     # The caller's time ran out. A slow node is seen by its load and its latency, not by a caller in a hurry.
     Outcome.DEADLINE: Ruling(fault=Fault.NOBODY, again=Again.NEVER, breaker=None),
     Outcome.REQUEST_ERROR: Ruling(fault=Fault.REQUEST, again=Again.NEVER, breaker=True),
     Outcome.MISCONFIGURED: Ruling(fault=Fault.NODE, again=Again.ELSEWHERE, breaker=False, failure_price=True),
+    # A 404 for a model that nobody lists and no node has answered for: made-up names must not open breakers.
+    Outcome.UNKNOWN_MODEL: Ruling(fault=Fault.REQUEST, again=Again.ELSEWHERE, breaker=None),
     Outcome.BACK_PRESSURE: Ruling(fault=Fault.NOBODY, again=Again.ELSEWHERE, breaker=None, cut_weight=True),
     Outcome.SERVER_ERROR: _NODE,
     Outcome.BAD_FRAMING: _NODE,

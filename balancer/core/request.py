@@ -64,6 +64,7 @@ class Endpoint:
     cacheable: bool = True
     multipart: bool = False
     binary: bool = False  # a good answer need not be JSON
+    engine: bool = True  # answered by the engine, not by its front end alone
     object_only: bool = True  # a good answer is a JSON object, never an array
 
 

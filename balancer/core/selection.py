@@ -56,8 +56,9 @@ def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidat
     """Filter the nodes that serve a model by what is known of them.
 
     Drained nodes never pass. Nodes that asked to be left alone pass again after their time. When evidence of
-    health leaves fewer than `panic_ratio` of the rest, breakers are ignored (panic); nodes that are known to be
-    down stay out, since asking them costs time and cannot succeed.
+    health leaves fewer than `panic_ratio` of the rest, breakers and ejections are ignored (panic); nodes that are
+    known to be down stay out, since asking them costs time and cannot succeed. Nodes that are wedged pass only where
+    there are no others.
     """
     ready = [node for node in serving if not node.drained]
     until_s = math.inf
@@ -66,14 +67,21 @@ def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidat
         until_s = min(until_s, node.blocked_until_s)
     awake = [node for node in ready if node.blocked_until_s <= now] if resting else ready
     up = [node for node in awake if not node.known_down]
-    alone = sum(1 for node in up if node.breaker.is_closed) == 0
+    moving = [node for node in up if not node.is_wedged]
+    all_wedged = bool(up) and not moving
+    if not all_wedged:
+        up = moving
+    alone = not any(node.breaker.is_closed and node.ejected_until_s <= now for node in up)
     healthy = []
     for node in up:
-        if node.breaker.admits(now, alone=alone):
+        if node.ejected_until_s > now:
+            until_s = min(until_s, node.ejected_until_s)
+        elif node.breaker.admits(now, alone=alone):
             healthy.append(node)
         else:
             until_s = min(until_s, node.breaker.admits_from_s(alone=alone))
     panic = bool(up) and len(healthy) < max(1.0, policy.panic_ratio * len(ready)) and len(healthy) < len(up)
+    panic = panic or all_wedged
     chosen = up if panic else healthy
     blocked_until_s = min(node.blocked_until_s for node in resting) if resting and not chosen else None
     cautious = any(_is_cut(node, now) for node in chosen)

@@ -24,6 +24,8 @@ PARSE_BYTES = 256 * 1024
 # A node's error body is passed on, up to this much of it.
 ERROR_BYTES = 64 * 1024
 
+# A stream whose commit has to wait is asked about again this often.
+HOLD_S = 0.1
 # After its good end a stream's framing has this long to end as well.
 END_S = 1.0
 
@@ -50,7 +52,16 @@ class Connection(Protocol):
 class AnswerLimits:
     """What bounds one answer, in seconds and bytes; and where what it holds is counted."""
 
-    __slots__ = ("buffered", "check_bytes", "commit_s", "first_byte_s", "idle_s", "return_headers", "unary_s")
+    __slots__ = (
+        "buffered",
+        "check_bytes",
+        "commit_s",
+        "first_byte_s",
+        "idle_s",
+        "return_headers",
+        "stall_s",
+        "unary_s",
+    )
 
     def __init__(
         self,
@@ -61,12 +72,14 @@ class AnswerLimits:
         commit_s: float,
         check_bytes: int,
         buffered: Buffered,
+        stall_s: float = 3.0,
         return_headers: frozenset[bytes] = frozenset(),
     ) -> None:
         self.first_byte_s = first_byte_s
         self.idle_s = idle_s
         self.unary_s = unary_s
         self.commit_s = commit_s
+        self.stall_s = stall_s
         self.check_bytes = check_bytes
         self.buffered = buffered
         self.return_headers = return_headers
@@ -88,7 +101,6 @@ class Answer:
         "_kind",
         "_limits",
         "_object_only",
-        "_paused",
         "_scanner",
         "_sink",
         "_streaming",
@@ -103,9 +115,12 @@ class Answer:
         "head",
         "last_byte_s",
         "length",
+        "may_commit",
         "message",
         "on_first_token",
         "outcome",
+        "paused",
+        "resumed_s",
         "sent_s",
         "usage",
     )
@@ -136,19 +151,21 @@ class Answer:
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._kind = _NONE
-        self._paused = False
+        self.paused = False
         self.head: AnswerHead | None = None
         self.length: int | None = None
         self.usage: Usage | None = None  # tokens as the node counted them, once it said so
         self.outcome: Outcome | None = None  # set when the answer is over, well or badly
         self.message: str | None = None
         self.on_first_token: Callable[[float], None] | None = None
+        self.may_commit: Callable[[float], bool] | None = None  # asked where `commit_s` passed without content
         self.committed = False
         self.ended = False
         self.sent_s = 0.0
         self.first_byte_s = 0.0
         self.first_token_s = 0.0
         self.last_byte_s = 0.0
+        self.resumed_s = float("-inf")  # when it was last read again after a pause
         self.due_s = deadline_s
         self.bucket: set[Watched] | None = None
 
@@ -178,6 +195,11 @@ class Answer:
     def return_headers(self) -> frozenset[bytes]:
         """Further headers that go to clients."""
         return self._limits.return_headers
+
+    @property
+    def limits(self) -> AnswerLimits:
+        """What bounds it."""
+        return self._limits
 
     @property
     def mid_event(self) -> bool:
@@ -227,16 +249,21 @@ class Answer:
         self._deadline_s = deadline_s
         self.due_s = min(self._limit_s, deadline_s)
 
+    def give_up(self, outcome: Outcome) -> None:
+        """End it from outside, by the node's fault."""
+        self._fail(outcome)
+
     def pause(self) -> None:
         """The client reads too slowly: stop reading from the node."""
-        self._paused = True
+        self.paused = True
         if self._connection is not None:
             self._connection.pause()
 
     def resume(self) -> None:
         """The client has caught up."""
-        self._paused = False
-        self.due_s = self._next_due(self._clock.now())
+        self.paused = False
+        self.resumed_s = self._clock.now()
+        self.due_s = self._next_due(self.resumed_s)
         if self._connection is not None:
             self._connection.resume()
 
@@ -315,11 +342,15 @@ class Answer:
         """A time limit passed: which one depends on how far the answer has come."""
         if now >= self._deadline_s:
             self._fail(Outcome.DEADLINE)
-        elif self._paused:
+        elif self.paused:
             self.due_s = min(now + self._limits.idle_s, self._deadline_s)
             self._wheel.watch(self)
         elif self._kind is _SSE and not self.committed:
-            self._commit(now)
+            if self.may_commit is None or self.may_commit(now):
+                self._commit(now)
+            else:
+                self.due_s = min(now + HOLD_S, self._deadline_s)
+                self._wheel.watch(self)
         elif self.first_byte_s == 0.0:
             self._fail(Outcome.FIRST_BYTE_TIMEOUT if self._streaming else Outcome.UNARY_TIMEOUT)
         elif self._streaming or self.committed:

@@ -436,3 +436,78 @@ class Interleavings(RuleBasedStateMachine):
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+# Slow calls
+
+
+def slowly(breaker: Breaker, now: float) -> Change | None:
+    return breaker.record(permit_of(breaker, now), True, now, slow=True)
+
+
+def test_slow_answers_open_it_by_their_share_once_there_were_enough() -> None:
+    made = breaker(min_requests=10, slow_ratio=0.8, slow_factor=10.0)
+    assert [attempt(made, True, 1.0) for _ in range(2)] == [None, None]
+    assert [slowly(made, 1.0) for _ in range(7)] == [None] * 7
+
+    change = slowly(made, 1.0)
+
+    assert isinstance(change, Opened)
+    assert change.reason == "slow_calls"
+
+
+def test_slow_answers_are_successes_and_end_a_row_of_failures() -> None:
+    made = breaker(consecutive_failures=3)
+    for _ in range(5):
+        attempt(made, False, 1.0)
+        attempt(made, False, 1.0)
+        slowly(made, 1.0)
+
+    assert made.is_closed
+
+
+def test_slow_answers_leave_the_window() -> None:
+    made = breaker(min_requests=10, window_s=10.0, slow_factor=10.0)
+    for second in range(100):
+        assert slowly(made, float(second * 2)) is None
+
+
+def test_a_probe_may_be_slow() -> None:
+    made, permit, now = probing()
+
+    assert isinstance(made.record(permit, True, now, slow=True), Closed)
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "after"),
+    [
+        ("closed", "success", "closed"),
+        ("closed", "failure", "open"),
+        ("closed", "slow", "open"),
+        ("closed", "released", "closed"),
+        ("half-open", "success", "closed"),
+        ("half-open", "slow", "closed"),
+        ("half-open", "failure", "open"),
+        ("half-open", "released", "half-open"),
+        ("open", "success", "open"),
+        ("open", "failure", "open"),
+        ("open", "slow", "open"),
+    ],
+)
+def test_every_transition(state: str, event: str, after: str) -> None:
+    """With limits of one, so that each event decides; an open breaker hears late results only."""
+    made = breaker(consecutive_failures=1, min_requests=1, slow_ratio=0.1)
+    permit, now = permit_of(made, 100.0), 100.0
+    if state != "closed":
+        attempt(made, False, now)
+    if state == "half-open":
+        now = made.admits_from_s()
+        permit = permit_of(made, now)
+    assert made.state == state
+
+    if event == "released":
+        made.release(permit)
+    else:
+        made.record(permit, event != "failure", now, slow=event == "slow")
+
+    assert made.state == after

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.load import FAILURE_DECAY_S, TTFT_DECAY_S, Load
+from balancer.core.load import FAILURE_DECAY_S, LEAK_S, PACE_SAMPLES, TTFT_DECAY_S, Leak, Load
 
 
 def test_requests_are_counted_in_and_out() -> None:
@@ -110,3 +110,30 @@ def test_averages_stay_within_what_was_seen(steps: list[tuple[float, str, float]
             assert load.failure_now(now) <= before
         assert 0.0 <= load.failure_now(now) <= 1.0
         assert 0.0 <= load.ttft_s <= slowest_s or math.isclose(load.ttft_s, slowest_s)
+
+
+# Counts that are not made good
+
+
+def test_a_count_that_was_always_too_high_is_taken_off_after_its_time() -> None:
+    leak = Leak()
+    looks = [leak.look(excess, float(at)) for at, excess in enumerate([3, 2, 5] + [2] * 40)]
+
+    assert looks[: int(LEAK_S)] == [0] * int(LEAK_S)
+    assert looks[int(LEAK_S)] == 2
+
+
+def test_requests_on_their_way_are_no_leak() -> None:
+    leak = Leak()
+
+    assert [leak.look(at % 7, float(at)) for at in range(200)] == [0] * 200
+
+
+def test_the_pace_is_known_after_some_first_tokens() -> None:
+    load = Load()
+    for _ in range(PACE_SAMPLES):
+        assert not load.known_pace
+        load.first_token(0.5, 1.0, 1000.0)
+
+    assert load.known_pace
+    assert load.s_per_token == pytest.approx(0.0005)

@@ -87,10 +87,14 @@ def test_each_state_has_its_word_and_the_gravest_counts() -> None:
     words.append(node.state(100.0))
     node.blocked_until_s = 101.0
     words.append(node.state(100.0))
+    node.ejected_until_s = 101.0
+    words.append(node.state(100.0))
     node.breaker.record(node.breaker.unguarded(), False, 100.0)
     words.append(node.state(100.0))
     node.breaker.nudge()
     node.breaker.try_acquire(100.0)
+    words.append(node.state(100.0))
+    node.wedged_since_s = 99.0
     words.append(node.state(100.0))
     node.health = OUT
     words.append(node.state(100.0))

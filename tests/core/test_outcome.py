@@ -26,9 +26,11 @@ TABLE = {
     "first_byte_timeout": (Fault.NODE, Again.BUDGET, False, True, False),
     "idle_timeout": (Fault.NODE, Again.BUDGET, False, True, False),
     "unary_timeout": (Fault.NODE, Again.BUDGET, False, True, False),
+    "wedged": (Fault.NODE, Again.FREE, False, True, False),
     "deadline": (Fault.NOBODY, Again.NEVER, None, False, False),
     "request_error": (Fault.REQUEST, Again.NEVER, True, False, False),
     "misconfigured": (Fault.NODE, Again.ELSEWHERE, False, True, False),
+    "unknown_model": (Fault.REQUEST, Again.ELSEWHERE, None, False, False),
     "back_pressure": (Fault.NOBODY, Again.ELSEWHERE, None, False, True),
     "server_error": (Fault.NODE, Again.BUDGET, False, True, False),
     "bad_framing": (Fault.NODE, Again.BUDGET, False, True, False),
@@ -69,10 +71,10 @@ def test_a_good_answer_and_a_request_that_was_wrong_speak_for_the_node() -> None
     assert {outcome for outcome in Outcome if outcome.ruling.breaker} == {Outcome.OK, Outcome.REQUEST_ERROR}
 
 
-def test_what_no_node_has_seen_costs_no_retry() -> None:
+def test_what_no_node_has_worked_for_or_a_wedged_one_has_costs_no_retry() -> None:
     free = {outcome for outcome in Outcome if outcome.ruling.again is Again.FREE}
 
-    assert free == {Outcome.REFUSED, Outcome.CONNECT_TIMEOUT, Outcome.STALE_CONNECTION}
+    assert free == {Outcome.REFUSED, Outcome.CONNECT_TIMEOUT, Outcome.STALE_CONNECTION, Outcome.WEDGED}
 
 
 @pytest.mark.parametrize("status", [400, 402, 406, 409, 410, 411, 412, 413, 414, 415, 416, 418, 422, 424, 451, 499])

@@ -528,3 +528,73 @@ def test_a_fleet_of_equals_is_loaded_evenly() -> None:
         attempts = run(policy_named(cast(Any, name)), fleet(4), lambda node: 0.5, 60.0)
 
         assert all(0.2 < count / attempts.total() < 0.3 for count in attempts.values())
+
+
+# Wedged and ejected
+
+
+def wedge(node: Node) -> Node:
+    node.wedged_since_s = NOW - 1.0
+    return node
+
+
+def eject(node: Node, for_s: float = 5.0) -> Node:
+    node.ejected_until_s = NOW + for_s
+    return node
+
+
+def test_a_wedged_node_is_not_asked_not_even_in_panic() -> None:
+    nodes = fleet(4)
+    wedge(nodes[0])
+    assert ids(sift(nodes, POLICY, NOW).nodes) == ids(nodes[1:])
+    for node in nodes[1:]:
+        trip(node)
+    found = sift(nodes, POLICY, NOW)
+    assert (ids(found.nodes), found.panic) == (ids(nodes[1:]), True)
+
+
+def test_wedged_nodes_are_asked_where_there_are_no_others() -> None:
+    nodes = [wedge(node) for node in fleet(2)]
+    found = sift(nodes, POLICY, NOW)
+    assert (ids(found.nodes), found.panic) == (ids(nodes), True)
+
+
+def test_an_ejected_node_passes_again_after_its_time() -> None:
+    nodes = fleet(4)
+    eject(nodes[0])
+    found = sift(nodes, POLICY, NOW)
+    assert (ids(found.nodes), found.panic, found.until_s) == (ids(nodes[1:]), False, NOW + 5.0)
+    assert ids(sift(nodes, POLICY, NOW + 5.0).nodes) == ids(nodes)
+
+
+def test_ejections_are_ignored_when_too_few_would_be_left() -> None:
+    nodes = fleet(4)
+    eject(nodes[0])
+    for node in nodes[1:3]:
+        trip(node)
+    found = sift(nodes, POLICY, NOW)
+    assert (ids(found.nodes), found.panic) == (ids(nodes), True)
+
+
+@given(
+    st.lists(st.sampled_from(["well", "wedged", "ejected", "open", "down"]), min_size=1, max_size=10),
+    st.floats(0.0, 1.0),
+)
+def test_somebody_is_asked_while_somebody_might_answer(states: list[str], ratio: float) -> None:
+    nodes = fleet(len(states))
+    for node, state in zip(nodes, states, strict=True):
+        if state == "wedged":
+            wedge(node)
+        elif state == "ejected":
+            eject(node)
+        elif state == "open":
+            trip(node)
+        elif state == "down":
+            node.check_up = False
+    found = sift(nodes, RoutingPolicy(panic_ratio=ratio), NOW)
+    asked = {state for node, state in zip(nodes, states, strict=True) if node in found.nodes}
+
+    assert "down" not in asked
+    assert bool(asked) == (set(states) != {"down"})
+    if asked & {"well", "open", "ejected"}:
+        assert "wedged" not in asked

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from balancer.wire.answer import Answer, AnswerLimits
+from balancer.wire.buffered import Buffered
 from balancer.wire.timers import TimerWheel
 from tests.fakes import ManualClock
 
@@ -35,7 +36,9 @@ async def test_a_longer_deadline(
     wheel: TimerWheel, streaming: bool, unary_s: float | None, extended_s: float, due_s: float
 ) -> None:
     clock = ManualClock()
-    limits = AnswerLimits(first_byte_s=60.0, idle_s=30.0, unary_s=unary_s, commit_s=2.0, check_bytes=1000)
+    limits = AnswerLimits(
+        first_byte_s=60.0, idle_s=30.0, unary_s=unary_s, commit_s=2.0, check_bytes=1000, buffered=Buffered(1 << 20)
+    )
     now = clock.now()
     answer = Answer(
         clock, wheel, limits, None, streaming=streaming, object_only=True, json_only=True, deadline_s=now + 5.0

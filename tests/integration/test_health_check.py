@@ -57,6 +57,15 @@ def test_the_first_check_decides() -> None:
     assert verdicts("-", HealthPolicy(fall=3, rise=2)) == [False]
 
 
+def test_a_first_check_without_an_answer_in_time_does_not_decide_alone() -> None:
+    state, seen = CheckState(), []
+    for _ in range(4):
+        state = state.next(False, HealthPolicy(fall=3), decisive=False)
+        seen.append(state.up)
+    assert seen == [None, None, False, False]
+    assert CheckState().next(False, HealthPolicy(), decisive=False).next(True, HealthPolicy()).up is True
+
+
 def test_a_verdict_falls_only_after_fall_bad_checks_in_a_row() -> None:
     assert verdicts("+--+---", HealthPolicy(fall=3)) == [True] * 6 + [False]
 

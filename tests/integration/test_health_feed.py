@@ -186,7 +186,7 @@ async def test_a_sampler_that_hangs_is_a_silent_agent() -> None:
             assert a.report is None, "the same report again is no news"
 
 
-async def test_an_answer_that_is_no_report_is_a_lost_agent_said_once() -> None:
+async def test_an_answer_that_is_no_report_is_an_unreachable_agent_said_once() -> None:
     answers = {
         "status_500": 500,
         "status_302": 302,
@@ -208,7 +208,7 @@ async def test_an_answer_that_is_no_report_is_a_lost_agent_said_once() -> None:
         await fleet.until(lambda: all(node.report is not None for node in nodes))
     for agent, reason in zip(agents, answers, strict=True):
         told = [log for log in logs if log.get("agent") == agent.url]
-        assert [log["event"] for log in told] == ["agent.lost", "agent.reached"]
+        assert [log["event"] for log in told] == ["agent.unreachable", "agent.reached"]
         assert told[0]["reason"].startswith(reason)
 
 

@@ -132,6 +132,21 @@ async def test_a_node_without_a_list_serves_any_model(node: FakeNode, serve: Ser
     assert len(node.requests) == 2
 
 
+async def test_made_up_names_open_no_breaker_where_nodes_have_no_list(node: FakeNode, serve: Serve) -> None:
+    node.faults.add(Fault("status", status=404, path="/v1/models"))
+    balancer = await asking(serve, node)
+    for number in range(12):
+        assert (await ask(balancer, chat(model=f"made-up-{number}"))).status == 404
+    live = balancer.node(node.url[7:])
+    assert (live.breaker.state, live.load.failure) == ("closed", 0.0)
+    assert balancer.counts("attempts") == {(live.id, "unknown_model"): 12}
+    assert (await ask(balancer, chat(model=MODEL))).status == 200
+    node.faults.add(Fault("status", status=404))
+    for number in range(5):
+        assert (await ask(balancer, chat(f"{number}", model=MODEL))).status == 404
+    assert live.breaker.state == "open", "it answered for this one before"
+
+
 # -- aliases
 
 

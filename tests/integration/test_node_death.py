@@ -143,13 +143,14 @@ async def test_models_without_any_node_left_are_not_unknown() -> None:
 # -- hung
 
 
-async def test_a_node_that_hangs_with_its_health_check_green_loses_no_unary_request() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_node_that_hangs_with_its_health_check_green_loses_no_request(stream: bool) -> None:
     async with paced_node() as hung, paced_node() as b, paced_node() as c:
-        timeouts = {"unary_s": 1.0, "first_byte_s": 1.0, "idle_s": 1.0, "commit_s": 0.5}
+        timeouts = {"unary_s": 1.0, "first_byte_s": 1.0, "idle_s": 1.0, "commit_s": 0.5, "stall_s": 0.75}
         settings = {**QUICK_CHECKS, "timeouts": timeouts}
         async with running(*fleet(hung, b, c), **settings) as balancer, client_of(balancer.url) as client:
             hung.freeze()
-            replies = await client.many(60, lambda number: chat(f"{number}"))
+            replies = await client.many(60, lambda number: chat(f"{number}", stream=stream))
             assert balancer.node("a").check_up is True
             hung.thaw()
         assert len(hung.requests) >= 1
