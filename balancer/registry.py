@@ -301,7 +301,8 @@ class Registry:
 
     def _recovered(self, node: Node, now: float) -> None:
         node.ramp_from_s = now
-        node.load.failure = node.books.failure = 0.0  # what it did before says nothing of what it is now
+        node.load.failure = 0.0  # what it did before says nothing of what it is now
+        node.books.recovered()
         node.breaker.nudge()
 
     def _changed(self, node: Node, change: Change | None) -> None:
