@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,10 +13,11 @@ import orjson
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from balancer.clock import Clock
+from balancer.core.cost import Explanation
 from balancer.core.node import Node, NodeConfig
 from balancer.core.request import NodeId
 from balancer.errors import BadRequest, ClientError, NotFound
-from balancer.explain import Ring
+from balancer.explain import Ring, priced
 from balancer.health_feed import HealthFeed
 from balancer.registry import Registry
 from balancer.settings import SettingsError
@@ -41,6 +42,8 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+# What a nominal request would cost at nodes, by the routing in force.
+Prices = Callable[[Sequence[Node], float], Sequence[Explanation]]
 Handler = Callable[["web.Request"], Awaitable[Reply]]
 
 
@@ -70,6 +73,7 @@ class Admin:
         reload: Callable[[], Awaitable[list[str]]],
         put_node: Callable[[NodeConfig], object],
         remove_node: Callable[[NodeId], object],
+        prices: Prices,
     ) -> None:
         self._registry = registry
         self._clock = clock
@@ -81,6 +85,7 @@ class Admin:
         self._reload = reload
         self._put_node = put_node
         self._remove_node = remove_node
+        self._prices = prices
 
     def routes(self) -> list[tuple[str, str, Handler]]:
         """Method, path and what it calls."""
@@ -103,8 +108,8 @@ class Admin:
 
     async def _nodes(self, request: web.Request) -> Reply:
         now = self._clock.now()
-        nodes = [self._registry.describe(node, now) for node in self._registry.nodes.values()]
-        return Reply(data={"nodes": nodes, "unmatched": self._feed.unmatched})
+        nodes = list(self._registry.nodes.values())
+        return Reply(data={"nodes": self._describe(nodes, now), "unmatched": self._feed.unmatched})
 
     async def _node(self, request: web.Request) -> Reply:
         return self._described(self._find(request))
@@ -139,7 +144,11 @@ class Admin:
         return node
 
     def _described(self, node: Node, status: int = 200) -> Reply:
-        return Reply(data=self._registry.describe(node, self._clock.now()), status=status)
+        return Reply(data=self._describe([node], self._clock.now())[0], status=status)
+
+    def _describe(self, nodes: Sequence[Node], now: float) -> list[dict[str, Any]]:
+        prices = {explanation.node: priced(explanation) for explanation in self._prices(nodes, now)}
+        return [{**self._registry.describe(node, now), "prices": prices.get(node.id)} for node in nodes]
 
     # -- the rest
 
@@ -147,7 +156,7 @@ class Admin:
         call = self._ring.get(request.match_info["id"])
         if call is None:
             raise NotFound("this request is not, or no longer, remembered", param="request_id")
-        return Reply(data=call.as_dict())
+        return Reply(data=call.as_dict(self._registry.nodes))
 
     async def _cache_stats(self, request: web.Request) -> Reply:
         return Reply(data=await self._cache.stats())

@@ -203,6 +203,7 @@ class App:
             ops_config=settings.ops,
             put_node=self.put_node,
             remove_node=self.remove_node,
+            prices=lambda nodes, now: self.attempts.routing.prices(nodes, now),
         )
         self.metrics.event_loop_lag.read = lambda: [((), self._lag_s)]
         self.metrics.connections.read = lambda: [((), float(self.port.connections))]
@@ -221,7 +222,10 @@ class App:
 
     def _routing_of(self, old: Settings, new: Settings) -> Routing:
         """What was learned stays, unless another policy is asked for."""
-        return self.attempts.routing if old.routing.policy == new.routing.policy else routing_of(new.routing)
+        if old.routing.policy != new.routing.policy:
+            return routing_of(new.routing)
+        self.attempts.routing.configure(new.routing)
+        return self.attempts.routing
 
     def _make_store(self) -> Store:
         settings = self._settings

@@ -349,8 +349,10 @@ class Attempts:
             if node is None:
                 if any(node.id not in request.tried for node in candidates.nodes):
                     return None
+                call.note_pick(request)
                 raise _NobodyLeft(candidates)
             if (slot := self._take(node, request, call, panic=candidates.panic)) is not None:
+                call.note_pick(request)
                 return slot
 
     def _take(self, node: Node, request: InferenceRequest, call: Call, *, panic: bool) -> Slot | None:
@@ -491,7 +493,8 @@ class Attempts:
         if request.account is not None:
             self._verdicts.left(request, node, alive=answer.first_byte_s > 0.0)
         if attempt.slot.sent is not None:
-            used = (answer.usage.prompt, answer.usage.completion) if answer.usage is not None else None
+            usage = answer.usage
+            used = (usage.prompt, usage.completion, usage.cached) if usage is not None else None
             self.routing.ended(node, attempt.slot.sent, request, outcome, used, now)
         if answer.first_token_s:
             node.load.tokens(answer.events - 1, answer.last_byte_s - answer.first_token_s)

@@ -25,6 +25,7 @@ class Auth:
                 tokens_per_minute=key.tokens_per_minute,
                 max_in_flight=key.max_in_flight,
                 models=frozenset(key.models) if key.models is not None else None,
+                prefer=tuple(key.prefer.items()),
             )
             for key in config.keys
         }

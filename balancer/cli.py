@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from balancer.settings import Settings
 
 
+# The operations port answers at once, or not at all.
+ASK_S = 10.0
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a subcommand; the exit status is 0, 1 (could not start), or 2 (wrong usage or settings)."""
+    """Run a subcommand; the exit status is 0, 1 (could not start, or found nothing), or 2 (wrong usage or settings)."""
     args, rest = _parser().parse_known_args(argv)
     if rest and args.run is not _simulate:
         _parser().parse_args(argv)  # says what is wrong and exits
@@ -47,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check-config", help="validate a settings file and print what is in force")
     check.add_argument("file", metavar="FILE")
     check.set_defaults(run=_check_config)
+
+    explain = commands.add_parser("explain", help="why a request went where it went")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="the answer's X-Request-Id")
+    explain.add_argument("--ops", default="127.0.0.1:8081", metavar="HOST:PORT", help="operations port")
+    explain.add_argument("--key-file", metavar="FILE", help="file with the admin key, where one is set")
+    explain.add_argument("--json", action="store_true", help="print it as the admin API tells it")
+    explain.set_defaults(run=_explain)
 
     simulate = commands.add_parser(
         "simulate", add_help=False, help="replay a trace on simulated engines: which policy, how many GPUs"
@@ -163,6 +174,36 @@ def _new_key(args: argparse.Namespace) -> None:
     print(f"key:      {key}")
     print(f'settings: - {{tenant: {args.tenant}, sha256: "{digest}"}}')
     print("The key is shown once; the settings (auth.keys) hold only its hash.", file=sys.stderr)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    import http.client
+    import json
+    from pathlib import Path
+    from urllib.parse import quote
+
+    from balancer.explain import table
+    from balancer.settings import split_address
+
+    headers = {}
+    try:
+        host, port = split_address(args.ops)
+        if args.key_file:
+            headers["Authorization"] = f"Bearer {Path(args.key_file).read_text(encoding='utf-8').strip()}"
+    except (OSError, ValueError) as error:
+        _fail(str(error), 2)
+    connection = http.client.HTTPConnection(host, port, timeout=ASK_S)
+    try:
+        connection.request("GET", f"/admin/requests/{quote(args.request_id, safe='')}", headers=headers)
+        answer = connection.getresponse()
+        told = json.loads(answer.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        _fail(f"{args.ops}: {error or type(error).__name__}", 1)
+    finally:
+        connection.close()
+    if answer.status != 200:
+        _fail(f"{args.request_id}: {told['error']['message']}", 1)
+    print(json.dumps(told, indent=2) if args.json else table(told))
 
 
 def _simulate(args: argparse.Namespace) -> None:

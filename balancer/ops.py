@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from balancer.admin import Admin, CacheAdmin, Handler, Reply, json_body
+from balancer.admin import Admin, CacheAdmin, Handler, Prices, Reply, json_body
 from balancer.clock import Clock
 from balancer.core.node import NodeConfig
 from balancer.core.request import Dialect, NodeId
@@ -58,6 +58,7 @@ class OpsServer:
         ops_config: OpsConfig,
         put_node: Callable[[NodeConfig], object] | None = None,
         remove_node: Callable[[NodeId], object] | None = None,
+        prices: Prices = lambda nodes, now: (),
     ) -> None:
         self._listen = address
         self.address = address  # host:port, once it serves as listened on
@@ -80,6 +81,7 @@ class OpsServer:
             reload=reload,
             put_node=put_node or registry.put,
             remove_node=remove_node or registry.remove,
+            prices=prices,
         )
         self._runner: web.AppRunner | None = None
 

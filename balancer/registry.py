@@ -463,8 +463,9 @@ class Registry:
         node.ramp_from_s = now
         node.concurrency.forget_trouble()
         node.relimit(adaptive=self._adaptive)
-        node.load.failure = node.books.failure = 0.0  # what it did before says nothing of what it is now
+        node.load.failure = 0.0  # what it did before says nothing of what it is now
         node.tally.clear()
+        node.books.recovered()
         node.breaker.nudge()
 
     def _changed(self, node: Node, change: Change | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,7 @@ class KeyConfig:
     tokens_per_minute: Rate | None = None
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     models: tuple[str, ...] | None = None
+    prefer: Mapping[str, str] = field(default_factory=dict)  # labels of nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,9 +281,9 @@ class Settings(BaseSettings):
             raise ValueError("limits.store: redis is asked for, and redis.url is not set")
         if self.cache.coalesce.across and self.redis.url is None:
             raise ValueError("cache.coalesce.across: needs a redis.url that the balancers share")
-        for field, asked in self._not_built():
+        for name, asked in self._not_built():
             if asked:
-                raise ValueError(f"{field}: is not built yet; leave it out")
+                raise ValueError(f"{name}: is not built yet; leave it out")
         return self
 
     def _not_built(self) -> list[tuple[str, bool]]:
@@ -348,7 +349,7 @@ def masked(settings: Settings) -> dict[str, Any]:
 
 def _plain_value(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {item.name: _plain_value(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
         return [_plain_value(item) for item in value]
     return dict(value) if isinstance(value, Mapping) else value

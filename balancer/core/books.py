@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
 from balancer.core.health import NodeReport
 
@@ -24,6 +26,8 @@ PRIOR_S_PER_TOKEN = 0.0002
 PRIOR_TPOT_S = 0.025
 # Sequences an engine runs at once, where it does not say: vLLM's `max_num_seqs`.
 DEFAULT_SLOTS = 256.0
+# Of a large fleet each pick sees another median: differences up to this share are not worth new figures.
+EXPECT_RATIO = 0.05
 # No engine reads a prompt faster than this; keeps a burst of first tokens of the same step from giving zero.
 LEAST_S_PER_TOKEN = 1e-6
 
@@ -66,8 +70,7 @@ _PACE_FADE = math.log(PACE_KEEP_PER_1K) / 1000.0
 _TPOT_FADE = math.log(TPOT_KEEP_PER_250) / 250.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(NamedTuple):  # one is made for each request: a tuple takes a quarter of a frozen dataclass's time
     """What one request asks of a node, in tokens. Estimates are fine (core/expectations.py)."""
 
     prompt_tokens: float
@@ -88,6 +91,79 @@ class Outstanding:
     read: float = 0.0  # uncached prompt tokens of theirs that the node has read so far; only its growth matters
 
 
+class Figures(NamedTuple):
+    """What prices read of a node's books, as it stood at one moment; what later events do does not change it."""
+
+    s_per_token: float
+    queued_tokens: int
+    head_tokens: int
+    head_from_s: float
+    n: int
+    context_tokens: int
+    slots: float
+    over_slots: float
+    kv_tokens: float
+    tpot_base_s: float
+    tpot_slope_s: float
+    failure: float
+    failure_at_s: float
+    others: Outstanding | None
+    others_at_s: float
+    others_assumed: bool
+    is_new: bool
+    tpot_is_new: bool
+    pace_at_s: float | None
+    tpot_at_s: float | None
+    reported_at_s: float | None
+    head_paced: bool
+
+    def tpot_s(self, context_tokens: float) -> float:
+        """Seconds per output token with so much context at the node."""
+        return self.tpot_base_s + self.tpot_slope_s * context_tokens
+
+    def failure_now(self, now: float) -> float:
+        """The failure average, faded to `now` (0..1)."""
+        if self.failure == 0.0:
+            return 0.0
+        return self.failure * math.exp(-(now - self.failure_at_s) / FAILURE_DECAY_S)
+
+    def others_share(self, now: float) -> float:
+        """How much of what others are said to have is still believed (0..1)."""
+        age_s = now - self.others_at_s
+        return math.exp(-age_s / OTHERS_DECAY_S) if age_s > 0.0 else 1.0
+
+    def others_now(self, now: float) -> Outstanding:
+        """What other balancers have at the node, faded by its age."""
+        others = self.others
+        if others is None:
+            return _NOBODY
+        share = self.others_share(now)
+        return Outstanding(
+            tokens=share * others.tokens, context=share * others.context, requests=share * others.requests
+        )
+
+    def backlog_s(self, now: float) -> float:
+        """Seconds until every prompt sent so far is read, by the node's own pace.
+
+        The head's elapsed time is taken off. Once it is well overdue it is added instead: a node that stopped
+        reading looks worse by the second, long before anything times out.
+        """
+        others = self.others_share(now) * self.others.tokens if self.others is not None else 0.0
+        s = self.s_per_token
+        backlog = s * (self.queued_tokens + others)
+        if self.head_tokens:
+            head_s = s * self.head_tokens
+            elapsed_s = max(0.0, now - self.head_from_s)
+            backlog -= min(elapsed_s, head_s)
+            late_s = elapsed_s - s * (self.head_tokens + others)
+            if late_s > (OVERDUE_RATIO - 1.0) * s * (self.head_tokens + others) + OVERDUE_S:
+                backlog += late_s
+        return backlog
+
+
+_figures_of = attrgetter(*Figures._fields)
+
+
 class Sent:
     """One request at one node, as `Books.dispatched` hands it out; it ends once. Not to be shared between books."""
 
@@ -97,6 +173,7 @@ class Sent:
         "expected_s",
         "generates",
         "open",
+        "pace_total",
         "queued",
         "read_s",
         "sent_s",
@@ -114,6 +191,7 @@ class Sent:
         self.context_before = context_before  # at the node, when it began to decode
         self.expected_s = expected_s  # predicted time to its first token
         self.sent_s = now
+        self.pace_total = 0.0  # tokens that taught the pace until this one had
         self.read_s: float | None = None  # when its prompt was read: its first token, or as near as is known
         self.streams = work.streams and work.generates
         self.generates = work.generates
@@ -145,6 +223,7 @@ class Books:
         "_own_since_report",
         "_pace_seconds",
         "_pace_tokens",
+        "_pace_total",
         "_shared_at_s",
         "_tpot_count",
         "_tpot_w",
@@ -162,10 +241,12 @@ class Books:
         "head_paced",
         "head_tokens",
         "is_new",
+        "kept",
         "kv_block_tokens",
         "kv_tokens",
         "n",
         "others",
+        "others_assumed",
         "others_at_s",
         "over_slots",
         "pace_at_s",
@@ -177,6 +258,7 @@ class Books:
         "slots",
         "tpot_at_s",
         "tpot_base_s",
+        "tpot_is_new",
         "tpot_slope_s",
     )
 
@@ -205,9 +287,11 @@ class Books:
         self.pace_at_s: float | None = None
         self._pace_seconds = 0.0
         self._pace_tokens = 0.0
+        self._pace_total = 0.0  # never fades
 
         self.tpot_base_s = PRIOR_TPOT_S  # seconds per output token = base + slope * context
         self.tpot_slope_s = 0.0
+        self.tpot_is_new = True  # they are priors
         self.tpot_at_s: float | None = None
         self._tpot_count = 0
         self._tpot_w = self._tpot_wx = self._tpot_wy = self._tpot_wxx = self._tpot_wxy = 0.0
@@ -217,6 +301,7 @@ class Books:
 
         self.others: Outstanding | None = None  # what other balancers have there; None: nothing, or not known
         self.others_at_s = -math.inf
+        self.others_assumed = False  # nobody said so of this node: it is taken to be like the rest of the fleet
         self._shared_at_s = -math.inf
         self._others_read = 0.0  # as last shared
         self._others_read_before = 0.0  # when the reading of our oldest prompt began
@@ -226,6 +311,7 @@ class Books:
         self._own: deque[tuple[float, int, int]] | None = None  # at_s, n, context; kept once reports come
         self._own_since_report = 0  # first tokens
         self._uncached_mean = 0.0  # tokens per request
+        self.kept: Figures | None = None  # as last taken; None: something changed since
 
     def __repr__(self) -> str:
         return (
@@ -235,6 +321,16 @@ class Books:
 
     # -- reading
 
+    def figures(self, now: float) -> Figures:
+        """What prices read, by now. Taken anew only after an event: what changes a figure drops `kept`."""
+        if self.head_paced:
+            self.advance(now)
+        return self.kept or self._take_figures()
+
+    def _take_figures(self) -> Figures:
+        self.kept = Figures._make(_figures_of(self))
+        return self.kept
+
     def tpot_s(self, context_tokens: float) -> float:
         """Seconds per output token with so much context at the node."""
         return self.tpot_base_s + self.tpot_slope_s * context_tokens
@@ -242,46 +338,19 @@ class Books:
     def forgive(self) -> None:
         """One recent failure was not the node's: undo what it did to the average, as if it had been the last."""
         self.failure = max(0.0, (self.failure - FAILURE_WEIGHT) / (1.0 - FAILURE_WEIGHT))
+        self.kept = None
 
     def failure_now(self, now: float) -> float:
         """The failure average, faded to `now` (0..1)."""
-        if self.failure == 0.0:
-            return 0.0
-        return self.failure * math.exp(-(now - self.failure_at_s) / FAILURE_DECAY_S)
+        return (self.kept or self._take_figures()).failure_now(now) if self.failure else 0.0
 
     def others_now(self, now: float) -> Outstanding:
         """What other balancers have at the node, faded by its age."""
-        others = self.others
-        if others is None:
-            return _NOBODY
-        share = self.others_share(now)
-        return Outstanding(
-            tokens=share * others.tokens, context=share * others.context, requests=share * others.requests
-        )
-
-    def others_share(self, now: float) -> float:
-        """How much of what others are said to have is still believed (0..1)."""
-        age_s = now - self.others_at_s
-        return math.exp(-age_s / OTHERS_DECAY_S) if age_s > 0.0 else 1.0
+        return (self.kept or self._take_figures()).others_now(now)
 
     def backlog_s(self, now: float) -> float:
-        """Seconds until every prompt sent so far is read, by the node's own pace.
-
-        The head's elapsed time is taken off. Once it is well overdue it is added instead: a node that stopped
-        reading looks worse by the second, long before anything times out.
-        """
-        self.advance(now)
-        others = self.others_share(now) * self.others.tokens if self.others is not None else 0.0
-        s = self.s_per_token
-        backlog = s * (self.queued_tokens + others)
-        if self.head_tokens:
-            head_s = s * self.head_tokens
-            elapsed_s = max(0.0, now - self.head_from_s)
-            backlog -= min(elapsed_s, head_s)
-            late_s = elapsed_s - s * (self.head_tokens + others)
-            if late_s > (OVERDUE_RATIO - 1.0) * s * (self.head_tokens + others) + OVERDUE_S:
-                backlog += late_s
-        return backlog
+        """Seconds until every prompt sent so far is read, by the node's own pace (`Figures.backlog_s`)."""
+        return self.figures(now).backlog_s(now)
 
     def outstanding(self, now: float) -> Outstanding:
         """What we have at the node: what this balancer tells the others."""
@@ -322,16 +391,26 @@ class Books:
             self._read(sent, now, 1.0)
 
     def finished(
-        self, sent: Sent, now: float, output_tokens: int | None = None, prompt_tokens: int | None = None
+        self,
+        sent: Sent,
+        now: float,
+        output_tokens: int | None = None,
+        prompt_tokens: int | None = None,
+        cached_tokens: int | None = None,
     ) -> None:
         """A good end; the counts are usage's, None where the node told none."""
         if not sent.open:
             return
         self.advance(now)
+        if cached_tokens is not None and prompt_tokens is not None:
+            self._correct_pace(sent, max(1, prompt_tokens - cached_tokens))
         if not sent.generates:
             correction = 1.0
             if prompt_tokens is not None and prompt_tokens > 0:
-                correction = max(1.0, prompt_tokens * sent.uncached_ratio) / sent.tokens
+                uncached = prompt_tokens * sent.uncached_ratio
+                if cached_tokens is not None:
+                    uncached = prompt_tokens - cached_tokens
+                correction = max(1.0, uncached) / sent.tokens
             self._read(sent, now, correction)
         elif output_tokens is not None:
             self._learn_decode(sent, output_tokens, now)
@@ -372,10 +451,18 @@ class Books:
 
     # -- what others say
 
-    def expect_pace(self, s_per_token: float) -> None:
-        """What to believe of its pace while there are fewer than MIN_SAMPLES of its own: the fleet's median."""
-        if self.is_new:
+    def expect(self, s_per_token: float | None, tpot: tuple[float, float] | None = None) -> None:
+        """What to believe of its speed while it has fewer than MIN_SAMPLES of its own: the fleet's medians.
+
+        `tpot`: seconds per output token, and more of them per token of context; None: nobody knows. What differs by
+        less than EXPECT_RATIO from what is believed already is passed over.
+        """
+        if s_per_token is not None and self.is_new and _differ(s_per_token, self.s_per_token):
             self.s_per_token = max(LEAST_S_PER_TOKEN, s_per_token)
+            self.kept = None
+        if self.tpot_is_new and tpot is not None and _differ(tpot[0], self.tpot_base_s):
+            self.tpot_base_s, self.tpot_slope_s = tpot
+            self.kept = None
 
     def reported(self, report: NodeReport, at_s: float, now: float) -> bool:
         """Take over an agent's figures, true at `at_s`. True when the engine restarted: what it held is gone.
@@ -402,6 +489,23 @@ class Books:
         self._count(0, 0, now)
         return restarted
 
+    def assumed(self, others: Outstanding, now: float) -> None:
+        """Nobody said lately what others have at this node: it is taken to be like the rest of the fleet.
+
+        Else a node whose agent is silent would look idle beside those that tell.
+        """
+        self._set_others(others, now)
+        self.others_assumed = self.others is not None
+
+    def others_age_s(self, now: float) -> float:
+        """Since when nobody said what others have there (seconds; inf: never)."""
+        return math.inf if self.others_assumed else now - self.others_at_s
+
+    def recovered(self) -> None:
+        """Its failures say nothing of what it is now."""
+        self.failure = 0.0
+        self.kept = None
+
     def shared(self, others: Outstanding, at_s: float) -> None:
         """What the other balancers together have at the node, true at `at_s`; goes before a report's difference."""
         if at_s >= self._shared_at_s:
@@ -412,6 +516,7 @@ class Books:
     # -- inside
 
     def _count(self, requests: int, context: int, now: float) -> None:
+        self.kept = None
         self.n += requests
         self.context_tokens += context
         over = self.n - self.slots + 1.0
@@ -430,6 +535,7 @@ class Books:
 
     def _take_off(self, sent: Sent, read_s: float) -> None:
         """Its prompt is read, or given up."""
+        self.kept = None
         sent.queued = False
         sent.read_s = read_s
         sent.context_before = self.context_tokens
@@ -477,6 +583,7 @@ class Books:
         self._others_read_before = self._others_read
         self._own_since_report += 1
         self._learn_pace(tokens + theirs, seconds, now)
+        sent.pace_total = self._pace_total
         self._loose_tokens = 0
         self._worked_s = max(self._worked_s, now)
         self._take_off(sent, now)
@@ -485,10 +592,23 @@ class Books:
         keep = math.exp(_PACE_FADE * tokens)
         self._pace_seconds = self._pace_seconds * keep + seconds
         self._pace_tokens = self._pace_tokens * keep + tokens
+        self._pace_total += tokens
         self.pace_samples += 1
         self.pace_at_s = now
         if self.pace_samples >= MIN_SAMPLES:
             self.is_new = False
+            self.s_per_token = max(LEAST_S_PER_TOKEN, self._pace_seconds / self._pace_tokens)
+
+    def _correct_pace(self, sent: Sent, uncached_tokens: int) -> None:
+        """A first token taught the pace by a guess of what the node held; the engine's own count takes its place.
+
+        Without it a prompt that was believed to be held, and was not, makes the node look a thousand times slower.
+        """
+        if not sent.streams or sent.queued:
+            return
+        left = math.exp(_PACE_FADE * (self._pace_total - sent.pace_total))  # of its weight in the sum
+        self._pace_tokens = max(1.0, self._pace_tokens + left * (uncached_tokens - sent.tokens))
+        if not self.is_new:
             self.s_per_token = max(LEAST_S_PER_TOKEN, self._pace_seconds / self._pace_tokens)
 
     def _learn_decode(self, sent: Sent, output_tokens: int, now: float) -> None:
@@ -518,6 +638,7 @@ class Books:
         self._tpot_count += 1
         if self._tpot_count < MIN_SAMPLES:
             return
+        self.tpot_is_new = False
         mean_x, mean_y = wx / w, wy / w
         ratio = mean_y / mean_x if mean_x > 0.0 else 0.0
         spread = self._tpot_wxx / w - mean_x * mean_x
@@ -570,6 +691,12 @@ class Books:
         nobody = others.tokens <= 0.0 and others.context <= 0.0 and others.requests <= 0.0
         self.others = None if nobody else others
         self.others_at_s = at_s
+        self.others_assumed = False
+        self.kept = None
+
+
+def _differ(one: float, other: float) -> bool:
+    return abs(one - other) > EXPECT_RATIO * other
 
 
 _NOBODY = Outstanding()

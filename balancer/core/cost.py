@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from statistics import median
 from types import MappingProxyType
 from typing import Annotated, Generic, NamedTuple, Protocol, TypeVar
 
 from pydantic import Field
 
-from balancer.core.books import FAILURE_DECAY_S, OVERDUE_RATIO, OVERDUE_S, Books, Work
+from balancer.core.books import FAILURE_DECAY_S, OVERDUE_RATIO, OVERDUE_S, Books, Figures, Work
 from balancer.core.prefix_index import PrefixIndex
 from balancer.core.request import NodeId
 
@@ -31,7 +30,7 @@ LAST_WINNERS = 2
 # Large sets of candidates (one a model) whose look-up by id is kept between picks.
 ROSTERS = 8
 
-NonNegative = Annotated[float, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +48,11 @@ class CostPolicy:
     interference_most_requests: NonNegative = 50.0
     # Seconds charged for each second of recomputing what another node holds: it also drops something else there.
     waste: NonNegative = 2.0
+    # Each second of a first token's wait beyond so many counts so much more. Prefix hits and undisturbed streams are
+    # worth waiting for, but not in the tail: without it the P99 of the first token near saturation is 1.26 times the
+    # oracle's, with it 1.09. 2 s are what an interactive caller takes for slow.
+    late: NonNegative = 2.0
+    late_from_s: NonNegative = 2.0
     # Share of the KV capacity beyond which the engine preempts, and seconds for all of the capacity above it.
     kv_share: NonNegative = 0.85
     kv_pressure: NonNegative = 20.0
@@ -56,18 +60,25 @@ class CostPolicy:
     # hole draws everything, with it about 1 % of the attempts. Near load 20 s was too little: an empty queue is worth
     # more than that to a fleet whose queues are long.
     failure: NonNegative = 40.0
-    # Nodes within this factor of the least cost are equal, and the one with the fewest requests gets it: predictions
-    # are no better than that, and an even count hedges against them.
-    tie_ratio: Annotated[float, Field(ge=1)] = 1.03
+    # Nodes within this factor of the least cost, or so many seconds of it, are equal, and the one with the fewest
+    # requests gets it: predictions are no better than that, and an even count hedges against them. 10 ms are one
+    # engine step; without them an idle fleet would send all it gets to the node that once was a millisecond faster.
+    tie_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.03
+    tie_s: NonNegative = 0.01
     # Seconds for each request in flight at a node whose share is cut to 1/2 (slow start, back-pressure, degraded).
     caution: NonNegative = 0.25
+    # Seconds for a node other than the one that served a session's last request: the time to read some 2,500 tokens
+    # (an adapter, an image, a beginning that the prefix index does not see). A node that is busier by more is left.
+    session: NonNegative = 0.5
+    # Seconds for each label that a tenant prefers and the node does not carry: a second of waiting is worth it.
+    label: NonNegative = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
     """All that a price looks at."""
 
-    books: Books  # of the node that is priced
+    figures: Figures  # of the node that is priced
     work: Work
     held_blocks: int  # leading blocks of the prompt that the node holds
     most_held: int  # the most that any candidate holds
@@ -82,18 +93,18 @@ class Offer:
     @property
     def requests(self) -> float:
         """Requests in flight there, the other balancers' too."""
-        return self.books.n + self.books.others_now(self.now).requests
+        return self.figures.n + self.figures.others_now(self.now).requests
 
     @property
     def context_tokens(self) -> float:
         """Context in flight there with this request."""
-        return self.books.context_tokens + self.books.others_now(self.now).context + self.work.prompt_tokens
+        return self.figures.context_tokens + self.figures.others_now(self.now).context + self.work.prompt_tokens
 
     @property
     def decode_s(self) -> float:
         """Expected seconds of generation."""
         expected = self.work.expected_output if self.work.generates else 0.0
-        return expected * self.books.tpot_s(self.context_tokens)
+        return expected * self.figures.tpot_s(self.context_tokens)
 
 
 Price = Callable[[Offer], float]
@@ -101,12 +112,17 @@ Price = Callable[[Offer], float]
 
 def backlog_s(offer: Offer) -> float:
     """Seconds until the node has read the prompts sent before."""
-    return offer.books.backlog_s(offer.now)
+    return offer.figures.backlog_s(offer.now)
 
 
 def prefill_s(offer: Offer) -> float:
     """Seconds it needs for what it does not hold of this prompt. With the backlog: the time to the first token."""
-    return offer.books.s_per_token * offer.uncached_tokens
+    return offer.figures.s_per_token * offer.uncached_tokens
+
+
+def late_s(offer: Offer) -> float:
+    """Seconds of the first token's wait beyond what callers take for slow, which count more than the first ones."""
+    return offer.policy.late * max(0.0, backlog_s(offer) + prefill_s(offer) - offer.policy.late_from_s)
 
 
 def decode_s(offer: Offer) -> float:
@@ -125,29 +141,30 @@ def interference_s(offer: Offer) -> float:
 def waste_s(offer: Offer) -> float:
     """Seconds of reading again what another node holds."""
     missing = offer.work.block_tokens * (offer.most_held - offer.held_blocks)
-    return offer.policy.waste * offer.books.s_per_token * missing
+    return offer.policy.waste * offer.figures.s_per_token * missing
 
 
 def slots_s(offer: Offer) -> float:
     """Seconds until a sequence slot is free, once all are taken."""
-    over = max(0.0, offer.requests - offer.books.slots + 1.0)
-    return over * offer.decode_s / offer.books.slots
+    over = max(0.0, offer.requests - offer.figures.slots + 1.0)
+    return over * offer.decode_s / offer.figures.slots
 
 
 def kv_pressure_s(offer: Offer) -> float:
     """Seconds of preemption ahead: none up to 85 % of the KV capacity, 0.2 s for each percent above."""
-    return offer.policy.kv_pressure * max(0.0, offer.context_tokens / offer.books.kv_tokens - offer.policy.kv_share)
+    return offer.policy.kv_pressure * max(0.0, offer.context_tokens / offer.figures.kv_tokens - offer.policy.kv_share)
 
 
 def failure_s(offer: Offer) -> float:
     """Seconds for having failed lately. It fades, so that a node that mended is tried again."""
-    return offer.policy.failure * offer.books.failure_now(offer.now)
+    return offer.policy.failure * offer.figures.failure_now(offer.now)
 
 
 PRICES: Mapping[str, Price] = MappingProxyType(
     {
         "backlog": backlog_s,
         "prefill": prefill_s,
+        "late": late_s,
         "decode": decode_s,
         "interference": interference_s,
         "waste": waste_s,
@@ -184,17 +201,29 @@ class Priced(Protocol):
         """Its accounts."""
         ...
 
+    @property
+    def weight(self) -> float:
+        """Its share beside the others; 1 for all where nobody says otherwise."""
+        ...
+
 
 N = TypeVar("N", bound=Priced)
+NOTHING: Mapping[str, Sequence[float]] = MappingProxyType({})
 Further = Mapping[str, Callable[[N], float]]  # more prices of one request: stickiness, tenant labels, slow start
 
 
 class Choice(NamedTuple, Generic[N]):
-    """The node taken, its predicted cost, and the leading prompt blocks it holds already."""
+    """The node taken, and all that the pick looked at: figures do not change, so it can be explained later."""
 
     node: N
-    cost_s: float
-    held_blocks: int
+    held_blocks: int  # leading blocks of the prompt that the node holds already
+    nodes: Sequence[N]  # that were priced
+    figures: Sequence[Figures]  # of each
+    held: Sequence[int] | None  # leading blocks held by each; None: nobody holds any
+    further_s: Mapping[str, Sequence[float]]  # more prices of each
+    work: Work
+    now: float
+    policy: CostPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +244,7 @@ class Explanation:
     failure_age_s: float | None
     report_age_s: float | None
     others_age_s: float | None
+    others_assumed: bool  # the mean of the fleet stands for what nobody said of this node
 
 
 class _Roster(Generic[N]):
@@ -244,12 +274,17 @@ class PredictedCost(Generic[N]):
         rng: Random,
         usable: Callable[[N], bool] | None = None,
         further: Further[N] | None = None,
+        *,
+        weighted: bool = False,
     ) -> Choice[N] | None:
         """The node for this work, or None when none is usable (has room, was not tried, …).
 
         Hand in the same tuple again while the candidates stay the same: what is worked out for a large one is kept
-        by its identity. `further` are more prices in seconds, for this request. The pick counts nothing: in the same
-        step the caller does `node.books.dispatched(work, held_blocks, now)` and `index.placed(node.id, blocks, now)`.
+        by its identity. `further` are more prices in seconds, for this request. `weighted`: some node's weight is not
+        1; one of weight 2 is taken while it costs up to twice as much as one of weight 1.
+
+        The pick counts nothing: in the same step the caller does `node.books.dispatched(work, held_blocks, now)`
+        and `index.placed(node.id, blocks, now)`.
         """
         levels = self.index.levels(work.blocks) if work.blocks else ()
         scan: Sequence[N] = nodes
@@ -263,32 +298,33 @@ class PredictedCost(Generic[N]):
                 scan = [node for node in nodes if usable(node)]
         if not scan:
             return None
+        policy = self.policy
         held = self._held(scan, levels) if levels else None
-        costs = _costs(scan, work, held, now, self.policy)
-        if further:
-            for price in further.values():
-                costs = [cost + price(node) for cost, node in zip(costs, scan, strict=True)]
-        best = self._fewest_of_the_least(scan, costs, now, rng)
+        figures = _figures(scan, now)
+        further_s = {name: [price(node) for node in scan] for name, price in further.items()} if further else NOTHING
+        best = 0
+        if len(scan) > 1:
+            costs = _costs(figures, work, held, now, policy)
+            for prices in further_s.values():
+                costs = [cost + price for cost, price in zip(costs, prices, strict=True)]
+            limit = max(policy.tie_ratio * (least := min(costs)), least + policy.tie_s)
+            if weighted:
+                costs = [cost / node.weight for cost, node in zip(costs, scan, strict=True)]
+                limit = policy.tie_ratio * min(costs)  # seconds over a weight are no seconds
+            best = _fewest_within(limit, figures, costs, now, rng)
         node = scan[best]
         if roster is not None and node not in roster.winners:
             roster.winners = [node, *roster.winners[: LAST_WINNERS - 1]]
-        return Choice(node, costs[best], held[best] if held else 0)
+        return Choice(node, held[best] if held else 0, scan, figures, held, further_s, work, now, policy)
 
     def explain(
         self, nodes: Sequence[N], work: Work, now: float, further: Further[N] | None = None
     ) -> list[Explanation]:
         """What each node would cost this work now, by named terms, least first."""
-        _expect_pace(nodes)
+        further_s = {name: [price(node) for node in nodes] for name, price in (further or {}).items()}
         held = self._held(nodes, self.index.levels(work.blocks))
-        most = max(held, default=0)
-        found = []
-        for node, blocks in zip(nodes, held, strict=True):
-            offer = Offer(books=node.books, work=work, held_blocks=blocks, most_held=most, now=now, policy=self.policy)
-            terms = {name: price(offer) for name, price in PRICES.items()}
-            if further:
-                terms |= {name: price(node) for name, price in further.items()}
-            found.append(_explanation(node.id, offer, terms))
-        return sorted(found, key=lambda explanation: explanation.cost_s)
+        figures = _figures(nodes, now)
+        return explained(Choice(nodes[0], 0, nodes, figures, held, further_s, work, now, self.policy)) if nodes else []
 
     # -- who is looked at
 
@@ -339,36 +375,60 @@ class PredictedCost(Generic[N]):
             found.append(held)
         return found
 
-    # -- who gets it
 
-    def _fewest_of_the_least(self, nodes: Sequence[N], costs: list[float], now: float, rng: Random) -> int:
-        limit = self.policy.tie_ratio * min(costs)
-        near = [at for at, cost in enumerate(costs) if cost <= limit]
-        if len(near) == 1:
-            return near[0]
-        counts = []
-        for at in near:
-            books = nodes[at].books
-            others = 0.0 if books.others is None else books.others_share(now) * books.others.requests
-            counts.append(books.n + others)
-        fewest = min(counts)
-        equal = [at for at, count in zip(near, counts, strict=True) if count == fewest]
-        return equal[0] if len(equal) == 1 else equal[int(rng.random() * len(equal))]
+def _fewest_within(limit: float, figures: Sequence[Figures], costs: list[float], now: float, rng: Random) -> int:
+    near = [at for at, cost in enumerate(costs) if cost <= limit]
+    if len(near) == 1:
+        return near[0]
+    counts = []
+    for at in near:
+        own = figures[at]
+        counts.append(own.n if own.others is None else own.n + own.others_share(now) * own.others.requests)
+    fewest = min(counts)
+    equal = [at for at, count in zip(near, counts, strict=True) if count == fewest]
+    return equal[0] if len(equal) == 1 else equal[int(rng.random() * len(equal))]
 
 
-def _expect_pace(nodes: Sequence[Priced]) -> None:
-    """Give newcomers the median pace of those that have one."""
-    known = [node.books.s_per_token for node in nodes if not node.books.is_new]
-    if known and len(known) < len(nodes):
-        typical = median(known)
-        for node in nodes:
-            node.books.expect_pace(typical)
+def _figures(nodes: Sequence[Priced], now: float) -> list[Figures]:
+    """What the books of each node say now."""
+    found = []
+    new = tpot_new = 0
+    for node in nodes:
+        figures = node.books.kept
+        if figures is None or figures.head_paced:
+            figures = node.books.figures(now)
+        new += figures.is_new
+        tpot_new += figures.tpot_is_new
+        found.append(figures)
+    if 0 < new < len(nodes) or 0 < tpot_new < len(nodes):
+        _expect(nodes, found, now)
+    return found
+
+
+def _expect(nodes: Sequence[Priced], found: list[Figures], now: float) -> None:
+    """Newcomers are taken to be as fast as the median of the others."""
+    read = [figures for figures in found if not figures.is_new]
+    decoded = [figures for figures in found if not figures.tpot_is_new]
+    s_per_token = _middle([figures.s_per_token for figures in read]) if read else None
+    tpot = None
+    if decoded:
+        tpot = (_middle([each.tpot_base_s for each in decoded]), _middle([each.tpot_slope_s for each in decoded]))
+    for at, node in enumerate(nodes):
+        if found[at].is_new or found[at].tpot_is_new:
+            node.books.expect(s_per_token, tpot)
+            found[at] = node.books.figures(now)
+
+
+def _middle(values: list[float]) -> float:
+    """The (upper) median; `statistics.median` takes three times as long."""
+    values.sort()
+    return values[len(values) // 2]
 
 
 def _costs(
-    nodes: Sequence[Priced], work: Work, held: Sequence[int] | None, now: float, policy: CostPolicy
+    figures: Sequence[Figures], work: Work, held: Sequence[int] | None, now: float, policy: CostPolicy
 ) -> list[float]:
-    """The sum of PRICES for each node, from figures that its books keep ready."""
+    """The sum of PRICES for each node, in one loop."""
     decode, kv_share, kv_pressure, failure = policy.decode, policy.kv_share, policy.kv_pressure, policy.failure
     most_requests = policy.interference_most_requests
     alone = 1.0 + policy.interference * policy.interference_base
@@ -378,16 +438,27 @@ def _costs(
     uncached = prompt if prompt > 1.0 else 1.0
     most = max(held) if held else 0
     missing = 0.0
-    for node in nodes:
-        if node.books.is_new:
-            _expect_pace(nodes)
-            break
     costs = []
     at = 0
-    for node in nodes:
-        books = node.books
-        if books.head_paced:
-            books.advance(now)
+    late_price, late_from_s = policy.late, policy.late_from_s
+    for node in figures:
+        (
+            s,
+            queued,
+            head_tokens,
+            head_from_s,
+            n,
+            context,
+            slots,
+            over,
+            kv_tokens,
+            tpot_base_s,
+            tpot_slope_s,
+            failed,
+            failed_at_s,
+            others,
+            *_,
+        ) = node
         if held:
             blocks = held[at]
             at += 1
@@ -395,15 +466,13 @@ def _costs(
             if uncached < 1.0:
                 uncached = 1.0
             missing = policy.waste * work.block_tokens * (most - blocks)
-        s = books.s_per_token
-        requests: float = books.n
-        context = books.context_tokens + prompt
-        over = books.over_slots
-        if books.others is None:
-            cost = s * books.queued_tokens
+        requests: float = n
+        in_context = context + prompt
+        if others is None:
+            cost = s * queued
             if cost:
-                head = s * books.head_tokens
-                elapsed = now - books.head_from_s
+                head = s * head_tokens
+                elapsed = now - head_from_s
                 if elapsed > head:
                     cost -= head
                     if elapsed > OVERDUE_RATIO * head + OVERDUE_S:
@@ -411,26 +480,49 @@ def _costs(
                 elif elapsed > 0.0:
                     cost -= elapsed
         else:
-            others = books.others
-            share = books.others_share(now)
+            share = node.others_share(now)
             requests += share * others.requests
-            context += share * others.context
-            over = max(0.0, requests - books.slots + 1.0) / books.slots
-            cost = books.backlog_s(now)
+            in_context += share * others.context
+            over = max(0.0, requests - slots + 1.0) / slots
+            cost = node.backlog_s(now)
+        late = cost + s * uncached - late_from_s
+        if late > 0.0:
+            cost += late_price * late
         streams = requests if requests < most_requests else most_requests
         cost += s * (uncached * (alone + per_request * streams) + missing)
-        cost += output * (books.tpot_base_s + books.tpot_slope_s * context) * (decode + over)
-        pressure = context / books.kv_tokens - kv_share
+        cost += output * (tpot_base_s + tpot_slope_s * in_context) * (decode + over)
+        pressure = in_context / kv_tokens - kv_share
         if pressure > 0.0:
             cost += kv_pressure * pressure
-        if books.failure:
-            cost += failure * books.failure * math.exp((books.failure_at_s - now) / FAILURE_DECAY_S)
+        if failed:
+            cost += failure * failed * math.exp((failed_at_s - now) / FAILURE_DECAY_S)
         costs.append(cost)
     return costs
 
 
+def explained(choice: Choice[N]) -> list[Explanation]:
+    """What each node that a pick looked at would have cost, by named terms, least first."""
+    held = choice.held or [0] * len(choice.nodes)
+    found = []
+    for at, node in enumerate(choice.nodes):
+        offer = Offer(
+            figures=choice.figures[at],
+            work=choice.work,
+            held_blocks=held[at],
+            most_held=max(held),
+            now=choice.now,
+            policy=choice.policy,
+        )
+        terms = {name: price(offer) for name, price in PRICES.items()}
+        terms |= {name: prices[at] for name, prices in choice.further_s.items()}
+        if node.weight != 1.0:
+            terms["weight"] = sum(terms.values()) * (1.0 / node.weight - 1.0)
+        found.append(_explanation(node.id, offer, terms))
+    return sorted(found, key=lambda explanation: explanation.cost_s)
+
+
 def _explanation(node: NodeId, offer: Offer, terms: Mapping[str, float]) -> Explanation:
-    books, now = offer.books, offer.now
+    figures, now = offer.figures, offer.now
 
     def age(at_s: float | None) -> float | None:
         return None if at_s is None else now - at_s
@@ -442,12 +534,13 @@ def _explanation(node: NodeId, offer: Offer, terms: Mapping[str, float]) -> Expl
         held_blocks=offer.held_blocks,
         uncached_tokens=offer.uncached_tokens,
         requests=offer.requests,
-        s_per_token=books.s_per_token,
-        tpot_s=books.tpot_s(offer.context_tokens),
-        is_prior=books.is_new,
-        pace_age_s=age(books.pace_at_s),
-        tpot_age_s=age(books.tpot_at_s),
-        failure_age_s=age(books.failure_at_s) if books.failure else None,
-        report_age_s=age(books.reported_at_s),
-        others_age_s=age(books.others_at_s) if books.others is not None else None,
+        s_per_token=figures.s_per_token,
+        tpot_s=figures.tpot_s(offer.context_tokens),
+        is_prior=figures.is_new,
+        pace_age_s=age(figures.pace_at_s),
+        tpot_age_s=age(figures.tpot_at_s),
+        failure_age_s=age(figures.failure_at_s) if figures.failure else None,
+        report_age_s=age(figures.reported_at_s),
+        others_age_s=age(figures.others_at_s) if figures.others is not None and not figures.others_assumed else None,
+        others_assumed=figures.others_assumed,
     )

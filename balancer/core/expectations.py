@@ -68,19 +68,16 @@ class Expectations:
         self, model: str, prompt: Prompt, max_tokens: int | None, *, generates: bool = True, streams: bool = True
     ) -> Work:
         """What a request asks of a node."""
-        if prompt.token_ids is not None:
-            tokens, block_tokens = float(prompt.token_ids), BLOCK_BYTES / 4.0
+        size_bytes, blocks, attachments, token_ids = prompt
+        if token_ids is not None:
+            tokens, block_tokens = float(token_ids), BLOCK_BYTES / 4.0
         else:
             ratio = self.bytes_per_token(model)
-            tokens, block_tokens = prompt.size_bytes / ratio, BLOCK_BYTES / ratio
-        return Work(
-            prompt_tokens=max(1.0, tokens + ATTACHMENT_TOKENS * prompt.attachments),
-            blocks=prompt.blocks,
-            block_tokens=block_tokens,
-            expected_output=self.output_tokens(model, max_tokens) if generates else 0.0,
-            generates=generates,
-            streams=streams,
-        )
+            tokens, block_tokens = size_bytes / ratio, BLOCK_BYTES / ratio
+        if attachments:
+            tokens += ATTACHMENT_TOKENS * attachments
+        output = self.output_tokens(model, max_tokens) if generates else 0.0
+        return Work(max(1.0, tokens), blocks, block_tokens, output, generates, streams)
 
     def learned(
         self, model: str, size_bytes: float | None, prompt_tokens: int | None, output_tokens: int | None

@@ -20,6 +20,10 @@ KEPT_SHARE = 0.9
 DEFAULT_KV_BLOCKS = 1600.0
 # A capacity beyond this is cut: 32 million tokens of blocks of 256 are more than any engine's GPU memory holds.
 MOST_KV_BLOCKS = 131072.0
+# What an engine's own count says of the blocks believed to be held moves the limit: down by a share when they were
+# gone, up by a share of the capacity when they were there. One miss in seven holds it where it is.
+MISSED_KEEP = 0.9
+FOUND_GROWTH = 1 / 64
 # The oldest blocks go in batches of this share, which makes a plain dict a fast LRU.
 BATCH_SHARE = 1 / 32
 
@@ -27,13 +31,13 @@ BATCH_SHARE = 1 / 32
 class _Lane:
     """One node's blocks, the longest unused first."""
 
-    __slots__ = ("bit", "blocks", "limit", "position")
+    __slots__ = ("bit", "blocks", "capacity", "limit", "position")
 
     def __init__(self, position: int) -> None:
         self.position = position
         self.bit = 1 << position
         self.blocks: dict[int, None] = {}
-        self.limit = _limit(DEFAULT_KV_BLOCKS)
+        self.limit = self.capacity = _limit(DEFAULT_KV_BLOCKS)
 
 
 def _limit(kv_blocks: float) -> int:
@@ -147,9 +151,27 @@ class PrefixIndex:
     def resize(self, node: NodeId, kv_blocks: float) -> None:
         """The node's KV cache is worth this many blocks (capacity / tokens of a block)."""
         lane = self._lanes.get(node) or self._new_lane(node)
-        lane.limit = _limit(kv_blocks)
+        capacity = _limit(kv_blocks)
+        lane.limit = max(1, round(lane.limit * capacity / lane.capacity))  # what its engine's counts taught stays
+        lane.capacity = capacity
         if len(lane.blocks) > lane.limit:
             self._drop_oldest(lane, len(lane.blocks) - lane.limit)
+
+    def checked(self, node: NodeId, *, found: bool) -> None:
+        """An engine counted what it held of a prompt that the node was believed to hold blocks of.
+
+        Where they were gone it drops blocks sooner than its capacity says (or shares no prefixes at all): fewer are
+        believed from now on, until it shows that it has them.
+        """
+        lane = self._lanes.get(node)
+        if lane is None:
+            return
+        if found:
+            lane.limit = min(lane.capacity, lane.limit + max(1, int(FOUND_GROWTH * lane.capacity)))
+        else:
+            lane.limit = max(1, int(MISSED_KEEP * lane.limit))
+            if len(lane.blocks) > lane.limit:
+                self._drop_oldest(lane, len(lane.blocks) - lane.limit)
 
     def forget(self, node: NodeId) -> None:
         """It holds nothing any more: the engine restarted, its cache was reset, or the node is gone."""

@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -33,8 +32,7 @@ _CACHE_MARK = b'"cache_control"'
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "tool_use", "thinking", "refusal"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class Prompt(NamedTuple):
     """What there is to read in a request: how much, and its blocks."""
 
     size_bytes: float  # of text; token ids count ID_BYTES each

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from balancer.core.books import Work
     from balancer.core.poison import Account
     from balancer.core.prompt_blocks import Prompt
+    from balancer.core.routing import Pick
 
 TenantId = NewType("TenantId", str)
 NodeId = NewType("NodeId", str)
@@ -78,6 +79,7 @@ class Tenant:
     tokens_per_minute: float | None = None
     max_in_flight: int | None = None
     models: frozenset[str] | None = None
+    prefer: tuple[tuple[str, str], ...] = ()  # labels that its nodes had better carry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,7 @@ class InferenceRequest:
     work: Work | None = None  # what it asks of a node: both made by the routing that uses them
     extend: Callable[[float], None] | None = None  # gives the attempt under way a later deadline
     held_blocks: int = 0  # leading blocks of its prompt that the node picked last holds
+    picked: Pick | None = None  # what the last pick had before it
     account: Account | None = None  # nodes' failures under it (core/poison.py); None while there were none
     mark: str = ""  # its fingerprint, once it was needed
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from balancer.core.cost import CostPolicy
 from balancer.core.node import CUT_S, RAMP_S, Node
 from balancer.core.request import InferenceRequest, NodeId
 
@@ -24,7 +25,7 @@ CAUTION_LOOK_S = 1.0
 # What a node that failed every recent attempt costs, in outstanding requests: more than a busy node ever holds.
 FAILURE_PRICE_REQUESTS = 50.0
 
-PolicyName = Literal["predicted_cost", "least_outstanding", "power_of_two", "round_robin", "weighted"]
+PolicyName = Literal["predicted_cost", "least_outstanding", "power_of_two", "prefix", "round_robin", "weighted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +35,15 @@ class RoutingPolicy:
     `share_interval_s`: how often balancers with one Redis tell each other what they sent where; 0 is never.
     """
 
-    policy: PolicyName = "least_outstanding"
+    policy: PolicyName = "predicted_cost"
     panic_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
     share_interval_s: Annotated[float, Field(ge=0, le=1)] = 0.2
+    cost: CostPolicy = field(default_factory=CostPolicy)
+
+
+# What keeps a node that serves the model from being asked: an operator or its agent, its own Retry-After, active
+# checks, its agent's verdict, its breaker.
+Dropped = Literal["drained", "blocked", "down", "out", "wedged", "ejected", "breaker"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +57,8 @@ class Candidates:
     blocked_until_s: float | None  # set when back-pressure alone leaves nobody
     bounded: bool = False  # some node has a limit of requests in flight
     cautious: bool = False  # some node's share is cut: slow start, back-pressure, degraded
+    uneven: bool = False  # some node's weight is not 1
+    dropped: Mapping[NodeId, Dropped] = field(default_factory=dict, compare=False)  # nodes that serve it and may not
 
 
 def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidates:
@@ -87,12 +96,47 @@ def sift(serving: Sequence[Node], policy: RoutingPolicy, now: float) -> Candidat
     cautious = any(_is_cut(node, now) for node in chosen)
     if cautious:
         until_s = min(until_s, now + CAUTION_LOOK_S)
+    dropped: dict[NodeId, Dropped] = {}
+    if len(chosen) < len(serving):
+        passed = {node.id for node in chosen}
+        dropped = {node.id: _dropped(node, now) for node in serving if node.id not in passed}
     bounded = any(node.limit < math.inf for node in chosen)
-    return Candidates(tuple(chosen), panic, until_s, len(serving), blocked_until_s, bounded, cautious)
+    uneven = any(node.weight != 1.0 for node in chosen)
+    return Candidates(tuple(chosen), panic, until_s, len(serving), blocked_until_s, bounded, cautious, uneven, dropped)
+
+
+def _dropped(node: Node, now: float) -> Dropped:
+    """The filter that stopped it, in their order."""
+    if node.drained:
+        return "drained"
+    if node.blocked_until_s > now:
+        return "blocked"
+    if node.check_up is False:
+        return "down"
+    if node.known_down:
+        return "out"
+    if node.is_wedged:
+        return "wedged"
+    return "ejected" if node.ejected_until_s > now else "breaker"
 
 
 def _is_cut(node: Node, now: float) -> bool:
     return now - node.ramp_from_s < RAMP_S or now - node.cut_s < CUT_S or bool(node.health.reasons)
+
+
+def usable(
+    candidates: Candidates, excluded: Collection[NodeId], rng: Random, *, sampled: bool = True
+) -> Sequence[Node]:
+    """Candidates that have room and were not tried; of many, some at random."""
+    nodes: Sequence[Node] = candidates.nodes
+    if sampled and len(nodes) > FULL_SCAN:
+        nodes = rng.sample(nodes, SAMPLE)
+    if not (excluded or candidates.bounded):
+        return nodes
+    found = [node for node in nodes if node.has_room() and node.id not in excluded]
+    if not found and len(candidates.nodes) > len(nodes):
+        found = [node for node in candidates.nodes if node.has_room() and node.id not in excluded]
+    return found
 
 
 def pick(
@@ -102,17 +146,12 @@ def pick(
     excluded: Collection[NodeId],
     now: float,
     rng: Random,
-) -> Node | None:
-    """One node among the candidates that has room and was not tried; None when there is none."""
-    nodes: Sequence[Node] = candidates.nodes
-    if len(nodes) > FULL_SCAN and not isinstance(choose, RoundRobin):
-        nodes = rng.sample(nodes, SAMPLE)
-    usable = [node for node in nodes if node.has_room() and node.id not in excluded]
-    if not usable and len(candidates.nodes) > len(nodes):
-        usable = [node for node in candidates.nodes if node.has_room() and node.id not in excluded]
-    if not usable:
-        return None
-    return usable[0] if len(usable) == 1 else choose(usable, request, now, rng)
+) -> tuple[Node | None, Sequence[Node]]:
+    """One node among the candidates that has room and was not tried, and those it was compared with."""
+    nodes = usable(candidates, excluded, rng, sampled=not isinstance(choose, RoundRobin))
+    if not nodes:
+        return None, nodes
+    return (nodes[0] if len(nodes) == 1 else choose(nodes, request, now, rng)), nodes
 
 
 Choose = Callable[[Sequence[Node], InferenceRequest, float, Random], Node]
@@ -156,6 +195,28 @@ def least_outstanding(nodes: Sequence[Node], request: InferenceRequest, now: flo
 def power_of_two(nodes: Sequence[Node], request: InferenceRequest, now: float, rng: Random) -> Node:
     """The less loaded of two nodes drawn at random (Mitzenmacher 2001)."""
     return _lowest(rng.sample(nodes, 2), outstanding_score, now, rng)
+
+
+# The prefix rule holds for a node that has at least this share of the prompt, while the fleet is even: requests in
+# flight at most this many apart, or by at most this factor. The rule and its figures are those of cache-aware routers.
+PREFIX_SHARE = 0.5
+UNEVEN_REQUESTS = 32
+UNEVEN_RATIO = 1.5
+
+
+def prefix_first(nodes: Sequence[Node], held: Mapping[NodeId, int], blocks: int, now: float, rng: Random) -> Node:
+    """Affinity as a rule: a node that holds the most of the prompt, if that is enough of it and the fleet is even.
+
+    Else the fewest requests in flight for its weight. `held`: leading blocks at each node, of `blocks` in all.
+    """
+    if held:
+        loads = [node.load.rif for node in nodes]
+        fewest, most = min(loads), max(loads)
+        if most - fewest <= UNEVEN_REQUESTS or most <= UNEVEN_RATIO * fewest:
+            best = max(held.get(node.id, 0) for node in nodes)
+            if best and best >= PREFIX_SHARE * blocks:
+                nodes = [node for node in nodes if held.get(node.id) == best]
+    return _lowest(nodes, outstanding_score, now, rng)
 
 
 class RoundRobin:

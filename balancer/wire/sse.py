@@ -30,11 +30,11 @@ _ENDS = (b"\n\n", b"\n\r\n")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as the node counted them."""
+    """Tokens as the node counted them; `cached` of the prompt it had read before, None where it does not say."""
 
     prompt: int
     completion: int
-    cached: int = 0
+    cached: int | None = None
 
 
 def usage_of(body: Any) -> Usage | None:
@@ -48,7 +48,7 @@ def usage_of(body: Any) -> Usage | None:
     cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cache_read_input_tokens")
     if type(prompt) is not int or type(completion) is not int:
         return None
-    return Usage(prompt, completion, cached if type(cached) is int else 0)
+    return Usage(prompt, completion, cached if type(cached) is int else None)
 
 
 def _parse(payload: bytes) -> Any:

@@ -109,7 +109,7 @@ class Fleet:
         ending, self._under_way = self._under_way[:-BATCH], self._under_way[-BATCH:]
         for node, sent, request in ending:
             self._routing.first_token(node, sent, self._now)
-            self._routing.ended(node, sent, request, Outcome.OK, (len(request.body) // 4, 200), self._now)
+            self._routing.ended(node, sent, request, Outcome.OK, (len(request.body) // 4, 200, None), self._now)
 
 
 _TENANT = Tenant(id=TenantId("anonymous"))

@@ -12,7 +12,7 @@ from balancer.core.health import NodeReport
 from balancer.core.node import Node, NodeConfig
 from balancer.core.prefix_index import PrefixIndex
 from balancer.core.request import InferenceRequest, NodeId
-from balancer.core.selection import FULL_SCAN, SAMPLE, Choose, policy_named
+from balancer.core.selection import FULL_SCAN, SAMPLE, Choose, policy_named, prefix_first
 from loadtest.sim.arrival import Arrival
 
 # The core's simple policies never look at the request.
@@ -22,11 +22,12 @@ _NO_REQUEST = cast(InferenceRequest, None)
 class Target:
     """One node as one balancer knows it."""
 
-    __slots__ = ("at", "books", "id", "node")
+    __slots__ = ("at", "books", "id", "node", "weight")
 
     def __init__(self, at: int, slots: float, kv_tokens: float, rng: Random) -> None:
         self.at = at
         self.id = NodeId(f"n{at}")
+        self.weight = 1.0
         self.books = Books(slots=slots, kv_tokens=kv_tokens)
         config = NodeConfig(url=f"http://{self.id}")
         self.node = Node(config=config, id=self.id, breaker=Breaker(BreakerPolicy(), rng))
@@ -142,26 +143,14 @@ class _Prefixed(Policy):
         return self.rng.choice([target for target, cost in zip(nodes, costs, strict=True) if cost == least])
 
 
-class PrefixRule(_Prefixed):
-    """Affinity as a rule with a threshold, as cache-aware routers have it: the node that holds at least half of the
-    prompt, unless the fleet is uneven (32 requests apart and by half), then the fewest requests in flight."""
-
-    HELD_SHARE = 0.5
-    UNEVEN_REQUESTS = 32
-    UNEVEN_RATIO = 1.5
+class PrefixFirst(_Prefixed):
+    """Affinity as a rule: `balancer.core.selection.prefix_first`."""
 
     def choose(self, arrival: Arrival, among: Sequence[Target], now: float) -> tuple[Target, int]:
         held = self.index.held(arrival.blocks)
-        fewest = min(target.node.load.rif for target in among)
-        most = max(target.node.load.rif for target in among)
-        uneven = most - fewest > self.UNEVEN_REQUESTS and most > self.UNEVEN_RATIO * fewest
-        holders = [target for target in among if target.id in held]
-        if holders and not uneven:
-            best = max(held[target.id] for target in holders)
-            if best >= self.HELD_SHARE * len(arrival.blocks):
-                full = [target for target in holders if held[target.id] == best]
-                return self._least(full, lambda target: target.node.load.rif), best
-        target = self._least(among, lambda target: target.node.load.rif)
+        nodes = [target.node for target in among]
+        node = prefix_first(nodes, held, len(arrival.blocks), now, self.rng)
+        target = next(target for target in among if target.node is node)
         return target, held.get(target.id, 0)
 
 
@@ -207,8 +196,8 @@ def simple(name: str, targets: Sequence[Target], rng: Random) -> Policy:
     """One of the policies of this module by its name; raises KeyError."""
     if name == "random":
         return Policy(name, targets, rng)
-    if name == "prefix_rule":
-        return PrefixRule(name, targets, rng)
+    if name == "prefix":
+        return PrefixFirst(name, targets, rng)
     if name == "token_count":
         return TokenCount(name, targets, rng)
     if name == "weighted_blind":

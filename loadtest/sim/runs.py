@@ -8,7 +8,7 @@ from random import Random
 
 from loadtest.sim.arrival import Arrival
 from loadtest.sim.oracle import Oracle
-from loadtest.sim.policies import Policy, PrefixRule, Target, TokenCount, simple
+from loadtest.sim.policies import Policy, PrefixFirst, Target, TokenCount, simple
 from loadtest.sim.predicted import Predicted
 from loadtest.sim.results import Figures
 from loadtest.sim.scenario import Scenario
@@ -22,7 +22,7 @@ POLICIES = (
     "power_of_two",
     "weighted",
     "weighted_blind",
-    "prefix_rule",
+    "prefix",
     "token_count",
     "predicted_cost",
     "oracle",
@@ -37,7 +37,7 @@ def make(name: str, targets: Sequence[Target], rng: Random, world: World) -> Pol
     if name == "oracle":
         return Oracle(name, targets, rng, world.engines, world.answers)
     policy = simple(name, targets, rng)
-    if isinstance(policy, PrefixRule | TokenCount):
+    if isinstance(policy, PrefixFirst | TokenCount):
         policy.resize(block_tokens)
     return policy
 

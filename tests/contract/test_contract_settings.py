@@ -42,7 +42,7 @@ cache:
 limits: {{requests_per_minute: null, burst: null, tokens_per_minute: null, store: auto, fail_open: true,
          head_bytes: 65536, body_bytes: 33554432, buffered_bytes: 1073741824, head_timeout_s: 10, body_idle_s: 10,
          json_depth: 128}}
-routing: {{policy: least_outstanding, panic_ratio: 0.5}}
+routing: {{policy: predicted_cost, panic_ratio: 0.5}}
 retry: {{max_attempts: 3, base_s: 0.05, max_s: 2.0, budget_ratio: 0.2, min_retries_per_s: 10}}
 timeouts: {{connect_s: 1.0, first_byte_s: 60, idle_s: 30, unary_s: null, total_s: 3600, commit_s: 2, stall_s: 3,
            drain_grace_s: 0, drain_s: 30}}

@@ -121,11 +121,11 @@ def test_a_new_node_is_believed_to_read_at_the_prior_pace() -> None:
 
 def test_a_new_node_takes_over_the_fleets_pace_and_an_old_one_does_not() -> None:
     books = Books()
-    books.expect_pace(0.001)
+    books.expect(0.001)
     assert books.s_per_token == 0.001
 
     old, _ = trained(0.002)
-    old.expect_pace(0.001)
+    old.expect(0.001)
     assert old.s_per_token == pytest.approx(0.002)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -22,9 +22,12 @@ from balancer.core.cost import (
     Offer,
     PredictedCost,
     _costs,
+    _figures,
     caution_s,
     cost_s,
+    explained,
 )
+from balancer.core.health import NodeReport
 from balancer.core.prefix_index import PrefixIndex
 from balancer.core.request import NodeId
 
@@ -36,6 +39,7 @@ POLICY = CostPolicy()
 class Server:
     id: NodeId
     books: Books = field(default_factory=Books)
+    weight: float = 1.0
 
 
 def server(name: str, s_per_token: float = S) -> Server:
@@ -56,7 +60,9 @@ def fleet(count: int) -> tuple[Server, ...]:
 
 def offer(books: Books, now: float = 0.0, **changes: Any) -> Offer:
     work = Work(prompt_tokens=1000.0, expected_output=100.0)
-    return Offer(**{"books": books, "work": work, "held_blocks": 0, "most_held": 0, "now": now, **changes})
+    return Offer(
+        **{"figures": books.figures(now), "work": work, "held_blocks": 0, "most_held": 0, "now": now, **changes}
+    )
 
 
 def price(name: str, books: Books, now: float = 0.0, **changes: Any) -> float:
@@ -78,6 +84,14 @@ def test_the_backlog_is_the_time_to_read_what_was_sent_before() -> None:
     books.dispatched(Work(prompt_tokens=2000), 0, 0.0)
 
     assert price("backlog", books, 0.5) == pytest.approx(1.5)
+
+
+def test_waiting_beyond_two_seconds_counts_three_times() -> None:
+    books = server("a").books
+    assert price("late", books) == 0.0
+
+    books.dispatched(Work(prompt_tokens=2000), 0, 0.0)
+    assert price("late", books, 0.5) == pytest.approx(2.0 * (1.5 + 1.0 - 2.0))
 
 
 def test_what_is_held_need_not_be_read() -> None:
@@ -155,7 +169,7 @@ def test_the_least_cost_wins() -> None:
 
     assert choice is not None
     assert choice.node is fast
-    assert choice.cost_s == pytest.approx(cost_s(offer(fast.books, work=Work(prompt_tokens=1000.0))))
+    assert explained(choice)[0].cost_s == pytest.approx(cost_s(offer(fast.books, work=Work(prompt_tokens=1000.0))))
 
 
 def test_among_near_equals_the_fewest_requests_win() -> None:
@@ -309,7 +323,9 @@ def test_every_price_is_explained_with_the_age_of_its_evidence() -> None:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["stream", "unary", "embed", "first", "finish", "fail", "cancel", "share"]),
+        st.sampled_from(
+            ["stream", "unary", "embed", "first", "finish", "fail", "cancel", "share", "assume", "report", "pardon"]
+        ),
         st.integers(0, 3),
         st.integers(0, 9),
         st.floats(0.0, 2.0),
@@ -322,6 +338,8 @@ POLICIES = st.builds(
     interference=st.floats(0, 4),
     interference_most_requests=st.floats(0, 10),
     waste=st.floats(0, 4),
+    late=st.floats(0, 4),
+    late_from_s=st.floats(0, 4),
     kv_share=st.floats(0, 1),
     kv_pressure=st.floats(0, 40),
     failure=st.floats(0, 40),
@@ -342,11 +360,17 @@ def test_the_running_form_equals_the_named_terms(
         if name == "stream":
             live.append((node, node.books.dispatched(work, size % 3, now)))
         elif name == "unary":
-            live.append((node, node.books.dispatched(replace(work, streams=False), 0, now)))
+            live.append((node, node.books.dispatched(work._replace(streams=False), 0, now)))
         elif name == "embed":
-            live.append((node, node.books.dispatched(replace(work, streams=False, generates=False), 0, now)))
+            live.append((node, node.books.dispatched(work._replace(streams=False, generates=False), 0, now)))
         elif name == "share":
             node.books.shared(Outstanding(tokens=100.0 * size, context=900.0 * size, requests=size), now)
+        elif name == "assume":
+            node.books.assumed(Outstanding(requests=size), now)
+        elif name == "report":
+            node.books.reported(NodeReport(id="n", url="", running=float(size), slots=size), now, now)
+        elif name == "pardon":
+            (node.books.forgive if size % 2 else node.books.recovered)()
         elif live:
             at, sent = live.pop(size % len(live))
             if name == "first":
@@ -363,12 +387,15 @@ def test_the_running_form_equals_the_named_terms(
 
 
 def _check(nodes: list[Server], work: Work, now: float, policy: CostPolicy) -> None:
+    for node in nodes:
+        kept = node.books.figures(now)
+        assert kept == node.books._take_figures(), "an event changed a figure and left the old one in use"
     for held in (None, [0, 2, 5, 1]):
-        running = _costs(nodes, work, held, now, policy)
+        running = _costs(_figures(nodes, now), work, held, now, policy)
         for at, (node, cost) in enumerate(zip(nodes, running, strict=True)):
             named = cost_s(
                 Offer(
-                    books=node.books,
+                    figures=node.books.figures(now),
                     work=work,
                     held_blocks=held[at] if held else 0,
                     most_held=5 if held else 0,

@@ -206,7 +206,7 @@ class Served:
             candidates = self.registry.candidates("m", self.now)
             self.least_eligible = min(self.least_eligible, len(candidates.nodes))
             request = cast(InferenceRequest, None)
-            node = pick(candidates, request, least_outstanding, (), self.now, self.rng)
+            node, _ = pick(candidates, request, least_outstanding, (), self.now, self.rng)
             assert node is not None
             permit = self.registry.acquire(node, panic=candidates.panic, now=self.now)
             assert permit is not None

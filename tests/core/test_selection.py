@@ -233,11 +233,12 @@ def test_what_was_found_holds_until_its_time(nodes: list[Node]) -> None:
 
 
 def candidates(nodes: Sequence[Node]) -> Candidates:
-    return Candidates(tuple(nodes), False, math.inf, len(nodes), None)
+    bounded = any(node.config.max_in_flight is not None for node in nodes)
+    return Candidates(tuple(nodes), False, math.inf, len(nodes), None, bounded)
 
 
 def picked(nodes: Sequence[Node], choose: Choose = least_outstanding, excluded: Sequence[str] = ()) -> Node | None:
-    return pick(candidates(nodes), REQUEST, choose, {NodeId(id_) for id_ in excluded}, NOW, Random(1))
+    return pick(candidates(nodes), REQUEST, choose, {NodeId(id_) for id_ in excluded}, NOW, Random(1))[0]
 
 
 def test_nobody_is_picked_from_nobody() -> None:
@@ -283,7 +284,7 @@ def test_sampling_spreads_over_the_whole_fleet() -> None:
     nodes = fleet(100)
     rng = Random(1)
     for _ in range(1000):
-        node = pick(candidates(nodes), REQUEST, least_outstanding, (), NOW, rng)
+        node, _ = pick(candidates(nodes), REQUEST, least_outstanding, (), NOW, rng)
         assert node is not None
         node.load.begin()
 
@@ -310,7 +311,7 @@ def test_a_usable_node_is_always_found_and_no_other(count: int, full: set[int], 
     usable = [node for at, node in enumerate(nodes) if at not in full and at not in tried]
 
     for choose in map(policy_named, ("least_outstanding", "power_of_two", "round_robin", "weighted")):
-        node = pick(candidates(nodes), REQUEST, choose, excluded, NOW, Random(seed))
+        node, _ = pick(candidates(nodes), REQUEST, choose, excluded, NOW, Random(seed))
         assert node in usable if usable else node is None
 
 
@@ -478,7 +479,7 @@ def run(choose: Choose, nodes: list[Node], service_s: Callable[[Node], float | N
             node.load.end()
             node.load.succeeded(ended)
         tried: set[NodeId] = set()
-        while (node := pick(candidates(nodes), REQUEST, choose, tried, now, rng)) is not None:
+        while (node := pick(candidates(nodes), REQUEST, choose, tried, now, rng)[0]) is not None:
             attempts[node.id] += 1
             tried.add(node.id)
             takes_s = service_s(node)
