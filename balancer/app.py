@@ -9,13 +9,15 @@ import signal
 from collections.abc import Callable
 from functools import partial, reduce
 from random import Random
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from balancer.admission import Admission
 from balancer.attempts import Attempts
 from balancer.auth import Auth
 from balancer.cache import ResponseCache
 from balancer.clock import Clock, SystemClock
+from balancer.core.cache_entry import OVERHEAD_BYTES
+from balancer.core.local_answers import LocalAnswers
 from balancer.core.node import NodeConfig
 from balancer.core.request import NodeId
 from balancer.core.routing import Routing, routing_of
@@ -31,7 +33,6 @@ from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
 from balancer.server import DataPort
 from balancer.settings import Settings, SettingsError, masked
-from balancer.store import Store
 from balancer.store.memory import MemoryStore
 from balancer.verdicts import Verdicts
 from balancer.wire.answer import AnswerLimits
@@ -39,9 +40,14 @@ from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundLimits
 from balancer.wire.timers import TimerWheel
 
+if TYPE_CHECKING:
+    from balancer.store.address import Address, Sentinels
+    from balancer.store.cluster import ClusterStore
+    from balancer.store.redis import RedisStore
+
 log = get_logger()
 
-# The fallback for rate limits while Redis is away holds buckets only.
+# In this process, beside the answers: buckets of rate limits, and what else is kept without a Redis.
 FALLBACK_BYTES = 16 * 1024 * 1024
 # How often the event loop's lateness is measured, and idle node connections are looked through.
 TICK_S = 0.5
@@ -100,14 +106,18 @@ class App:
             now=clock.now,
             rng=self._rng,
         )
+        self.memory = MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
         self.store = self._make_store()
-        self.memory = (
-            self.store if isinstance(self.store, MemoryStore) else MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
-        )
         self.auth = Auth(settings.auth)
         self.intake = Intake(settings, self.registry, self.auth)
         self.cache = ResponseCache(
-            settings.cache, store=self.store, models=self.intake.rules, metrics=self.metrics, clock=clock
+            settings.cache,
+            local=LocalAnswers(settings.cache.memory_bytes),
+            store=None if settings.redis.url is None else self.store,
+            models=self.intake.rules,
+            metrics=self.metrics,
+            clock=clock,
+            rng=self._rng,
         )
         self.admission = Admission(
             limits=settings.limits,
@@ -194,19 +204,28 @@ class App:
         """What was learned stays, unless another policy is asked for."""
         return self.attempts.routing if old.routing.policy == new.routing.policy else routing_of(new.routing)
 
-    def _make_store(self) -> Store:
+    def _make_store(self) -> MemoryStore | RedisStore | ClusterStore:
         settings = self._settings
         if settings.redis.url is None:
-            return MemoryStore(max_bytes=settings.cache.memory_bytes, clock=self._clock)
+            return self.memory
+        from balancer.store.address import Cluster, parse
+        from balancer.store.cluster import ClusterStore
         from balancer.store.redis import RedisStore
 
-        return RedisStore(
-            settings.redis.url,
-            timeout_s=settings.redis.timeout_s,
-            clock=self._clock,
-            on_error=lambda op: self.metrics.store_errors.of(op).inc(),
-            max_value_bytes=settings.cache.max_entry_bytes + 4096,  # what is said about an entry stands before it
-        )
+        def open_one(address: Address | Sentinels, on_moved: Callable[[], None] | None = None) -> RedisStore:
+            return RedisStore(
+                address,
+                timeout_s=settings.redis.timeout_s,
+                clock=self._clock,
+                on_error=lambda op: self.metrics.store_errors.of(op).inc(),
+                on_moved=on_moved,
+                max_value_bytes=settings.cache.max_entry_bytes + OVERHEAD_BYTES,
+            )
+
+        where = parse(settings.redis.url)
+        if isinstance(where, Cluster):
+            return ClusterStore(where, open_shard=open_one, clock=self._clock)
+        return open_one(where)
 
     def _make_sharing(self) -> Watcher | None:
         """What balancers tell each other needs a Redis between them."""
@@ -262,6 +281,10 @@ class App:
             self.feed,
             self.ops,
         )
+        if not isinstance(self.store, MemoryStore):
+            from balancer.store.watch import StoreWatch
+
+            self._watchers += (StoreWatch(self.store, self.metrics, clock),)
         for watcher in self._watchers:
             await watcher.start()
         log.info("ops.listening", address=self.ops.address)
@@ -375,6 +398,7 @@ class App:
             now = self._clock.now()
             self._lag_s = max(0.0, now - before_s - TICK_S)
             self.attempts.sweep(now)
+            self.cache.purge(now)
 
 
 # Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.

@@ -10,6 +10,7 @@ from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
 from balancer.cache import Plan, ResponseCache
 from balancer.core.outcome import Outcome
+from balancer.core.pace import record
 from balancer.core.request import InferenceRequest
 from balancer.explain import Call
 from balancer.relay import ClientStream, note_tokens
@@ -20,7 +21,18 @@ from balancer.wire.sse import all_parse
 class Flight:
     """One call on behalf of its subscribers. Runs in the task of the client that began it."""
 
-    __slots__ = ("_attempts", "_cache", "_collected", "_collected_bytes", "_plan", "_request", "_subscribers", "call")
+    __slots__ = (
+        "_answer",
+        "_attempts",
+        "_cache",
+        "_collected",
+        "_collected_bytes",
+        "_plan",
+        "_reads",
+        "_request",
+        "_subscribers",
+        "call",
+    )
 
     def __init__(
         self, attempts: Attempts, cache: ResponseCache, request: InferenceRequest, plan: Plan, call: Call
@@ -32,6 +44,8 @@ class Flight:
         self._subscribers: list[ClientStream] = []
         self._collected: list[bytes] | None = [] if plan.write and plan.name else None
         self._collected_bytes = 0
+        self._reads: list[tuple[float, int]] | None = [] if plan.paced else None  # when, bytes
+        self._answer: Answer | None = None  # while it is relayed
         self.call = call
 
     def subscribe(self, client: ClientStream) -> None:
@@ -63,12 +77,15 @@ class Flight:
         attempt.settle()
         body = answer.peek()
         if answer.outcome is Outcome.OK:
-            self._store(answer, body)
+            self._store(attempt, body)
+        elif answer.outcome is Outcome.REQUEST_ERROR and answer.head is not None:
+            kind = answer.head.content_type or b"application/json"
+            self._cache.store_refusal(self._plan, self._request, status=answer.status, kind=kind, body=body)
         for client in self._subscribers:
             client.whole(answer)
 
     async def _relay(self, attempt: Attempt) -> None:
-        answer = attempt.answer
+        answer = self._answer = attempt.answer
         if self._collected is not None:
             self._collect(answer.peek())
         for client in self._subscribers:
@@ -83,7 +100,7 @@ class Flight:
             for client in self._subscribers:
                 client.end()
             if self._collected is not None:
-                self._store(answer, b"".join(self._collected))
+                self._store(attempt, b"".join(self._collected))
         else:
             error = failure_of(outcome, answer.message)
             for client in self._subscribers:
@@ -98,20 +115,32 @@ class Flight:
             self._collected = None
         else:
             self._collected.append(data)
+            if self._reads is not None and self._answer is not None:
+                self._reads.append((self._answer.last_byte_s, len(data)))
 
-    def _store(self, answer: Answer, body: bytes) -> None:
+    def _store(self, attempt: Attempt, body: bytes) -> None:
+        answer = attempt.answer
         if self._collected is None or answer.head is None or answer.head.status != 200:
             return
         if answer.is_stream and not all_parse(body):
             return  # what passed by unread was no JSON
-        self._cache.store(
+        self.call.cache_reason = self._cache.store(
             self._plan,
             self._request,
             stream=answer.is_stream,
             kind=answer.head.content_type or b"application/json",
             body=_with_withheld(body, answer.withheld) if answer.is_stream else body,
-            took_s=answer.last_byte_s - answer.sent_s,
+            node_seconds=_share_s(attempt),
+            pace=record(self._reads) if self._reads else b"",
         )
+
+
+def _share_s(attempt: Attempt) -> float:
+    """What a node spent on an answer: its wall time, shared with our other requests there when it ended.
+
+    An engine works on a batch at once, so without the sharing a batch of 50 would count for 50 nodes.
+    """
+    return (attempt.answer.last_byte_s - attempt.answer.sent_s) / (1 + attempt.node.load.rif)
 
 
 def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
-from balancer.errors import BalancerError, CacheMiss, Draining
+from balancer.errors import BalancerError, CacheMiss, Draining, NoEligibleNode, UpstreamFailed
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
 from balancer.log import EventWriter
@@ -38,11 +38,10 @@ class Proxy:
         client = self._client(inbound, request, call)
         plan = self.plan(request)
         call.cache_reason = plan.reason
-        if plan.read and self._cache.is_local:
-            if self._replayed(self._cache.lookup_local(plan, request), client):
-                return None
-            plan.read = False
-        return self.handle(request, plan, client)
+        hit = self._local_hit(plan, request, client)
+        if hit is None:
+            return self.handle(request, plan, client)
+        return client.replay(hit)
 
     def plan(self, request: InferenceRequest) -> Plan:
         """What the cache will do for a request; hashes its body."""
@@ -51,7 +50,22 @@ class Proxy:
     async def serve(self, request: InferenceRequest, plan: Plan, inbound: InboundRequest, call: Call) -> None:
         """`begin`, where the plan is made already."""
         call.cache_reason = plan.reason
-        await self.handle(request, plan, self._client(inbound, request, call))
+        client = self._client(inbound, request, call)
+        hit = self._local_hit(plan, request, client)
+        if hit is None:
+            await self.handle(request, plan, client)
+        elif (replay := client.replay(hit)) is not None:
+            await replay
+
+    def _local_hit(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> Hit | None:
+        """What this process's memory holds; the verdict is noted."""
+        hit = self._cache.lookup_local(plan, request)
+        if hit is not None:
+            client.call.cache = hit.verdict
+        elif plan.read:
+            client.call.cache = "miss"
+            plan.read = self._cache.is_shared  # `handle` has to look there
+        return hit
 
     def _client(self, inbound: InboundRequest, request: InferenceRequest, call: Call) -> ClientStream:
         return ClientStream(inbound, request, call, self._clock, self._date)
@@ -59,13 +73,18 @@ class Proxy:
     async def handle(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Serve one request; every refusal is an answer, every exit frees what it took."""
         try:
-            if plan.read and self._replayed(await self._cache.lookup(plan, request), client):
-                return
+            if plan.read and (hit := await self._cache.lookup(plan, request)) is not None:
+                return await self._replay(hit, client)
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
                 self._verdicts.check(request)
             await self._flights.fly(request, plan, client)
+        except (NoEligibleNode, UpstreamFailed) as error:
+            stale = None if client.begun else self._cache.stale(plan, request)
+            if stale is None:
+                return client.fail(error)
+            await self._replay(stale, client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
@@ -74,12 +93,11 @@ class Proxy:
             raise
 
     @staticmethod
-    def _replayed(hit: Hit | None, client: ClientStream) -> bool:
-        """Deliver a hit, or note the miss."""
-        client.call.cache = "miss" if hit is None else "hit"
-        if hit is not None:
-            client.replay(hit)
-        return hit is not None
+    async def _replay(hit: Hit, client: ClientStream) -> None:
+        client.call.cache = hit.verdict
+        client.call.node = ""
+        if (replay := client.replay(hit)) is not None:
+            await replay
 
 
 class _Series:

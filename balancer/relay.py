@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
 from balancer.cache import Hit
 from balancer.clock import Clock
 from balancer.core.outcome import Outcome
+from balancer.core.pace import schedule
 from balancer.core.request import InferenceRequest
 from balancer.errors import BalancerError
 from balancer.explain import Call
@@ -12,6 +17,24 @@ from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
 from balancer.wire.inbound import InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
+
+
+class _Throttle:
+    """Stops a replay while its client does not read (`wire.inbound.Flow`)."""
+
+    __slots__ = ("going",)
+
+    def __init__(self) -> None:
+        self.going = asyncio.Event()
+        self.going.set()
+
+    def pause(self) -> None:
+        """The client reads too slowly."""
+        self.going.clear()
+
+    def resume(self) -> None:
+        """It has caught up."""
+        self.going.set()
 
 
 class ClientStream:
@@ -36,6 +59,11 @@ class ClientStream:
     def gone(self) -> bool:
         """Whether the client has left."""
         return self._inbound.left
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head of an answer is out."""
+        return self._inbound.responded
 
     def whole(self, answer: Answer) -> None:
         """A complete answer, in one write."""
@@ -93,13 +121,33 @@ class ClientStream:
         else:
             self._inbound.cut()
 
-    def replay(self, hit: Hit) -> None:
-        """A stored answer."""
-        self.call.status = 200
+    def replay(self, hit: Hit) -> Coroutine[Any, Any, None] | None:
+        """Deliver a stored answer at once (None), or return what is left to do where it is sent as it once came."""
+        self.call.status = hit.status
         lines = b"content-type: %b\r\nage: %d\r\n" % (hit.content_type, int(hit.age_s))
         if hit.stream:
             lines += b"cache-control: no-cache\r\n"
-        self._inbound.send(self._head(200, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
+        if hit.pace:
+            return self._replay_paced(hit, lines)
+        self._inbound.send(self._head(hit.status, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
+        return None
+
+    async def _replay_paced(self, hit: Hit, lines: bytes) -> None:
+        """Send a stored stream in its own time; a client that reads slowly is waited for, one that leaves ends it."""
+        steps = schedule(hit.pace, len(hit.body))
+        flow = self._inbound.flow = _Throttle()
+        begun_s, sent = self._clock.now(), steps[0][1]
+        self._sse = self._begun = True
+        head = self._head(hit.status, lines, b"transfer-encoding: chunked\r\n")
+        self._inbound.begin_and_chunk(head, hit.body[:sent])
+        for at_s, end in steps[1:]:
+            wait_s = begun_s + at_s - self._clock.now()
+            if wait_s > 0:
+                await self._clock.sleep(wait_s)
+            await flow.going.wait()
+            self.write(hit.body[sent:end])
+            sent = end
+        self.end()
 
     def _head(self, status: int, lines: bytes, framing: bytes) -> bytes:
         call = self.call

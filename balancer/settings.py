@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from balancer.core.selection import RoutingPolicy
 
 PREFIX = "BALANCER_"
 # Settings whose value may come from a file instead: `name_file: PATH`.
-SECRETS = frozenset({"url", "api_key", "sha256", "admin_key_sha256", "agent_token_sha256"})
+SECRETS = frozenset({"url", "api_key", "sha256", "admin_key_sha256", "agent_token_sha256", "sign_key", "warmup_key"})
 
 Seconds = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -121,12 +121,25 @@ class CacheConfig:
 
     enabled: bool = True
     ttl_s: Seconds = 3600.0
+    ttl_by_endpoint: Mapping[str, Seconds] = field(default_factory=dict)  # by the endpoint's short name
+    ttl_by_tenant: Mapping[str, Seconds] = field(default_factory=dict)
+    ttl_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.1
     memory_bytes: Annotated[int, Field(ge=0)] = 268435456
+    memory_ttl_s: Seconds = 60.0  # of copies of what stands in Redis
     max_entry_bytes: Annotated[int, Field(ge=1024)] = 1048576
     cacheable: Literal["deterministic", "all"] = "deterministic"
     shared_between_tenants: bool = False
     hits_per_second: Rate = 1000.0
     stale_if_error_s: Annotated[float, Field(ge=0)] = 0.0
+    negative_ttl_s: Annotated[float, Field(ge=0)] = 10.0
+    tools: bool = False
+    replay: Literal["at_once", "recorded"] = "at_once"
+    compress_bytes: Annotated[int, Field(ge=0)] = 8192
+    sign_key: Annotated[str, Field(min_length=16)] | None = None
+    keep_requests: bool = False
+    warmup_file: str | None = None
+    warmup_key: str | None = None
+    warmup_concurrency: Annotated[int, Field(ge=1, le=1000)] = 5
     semantic: SemanticConfig = SemanticConfig()
 
 
@@ -258,15 +271,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"nodes: the id {id_} is there twice")
         if self.limits.store == "redis" and self.redis.url is None:
             raise ValueError("limits.store: redis is asked for, and redis.url is not set")
-        for field, asked in self._not_built():
+        for name, asked in self._not_built():
             if asked:
-                raise ValueError(f"{field}: is not built yet; leave it out")
+                raise ValueError(f"{name}: is not built yet; leave it out")
         return self
 
     def _not_built(self) -> list[tuple[str, bool]]:
         return [
             ("cache.semantic.enabled", self.cache.semantic.enabled),
-            ("cache.stale_if_error_s", self.cache.stale_if_error_s > 0),
             ("queue.comment_after_s", self.queue.comment_after_s is not None),
             ("models.semantic", any(model.semantic for model in self.models)),
             ("models.fallbacks", any(model.fallbacks for model in self.models)),
