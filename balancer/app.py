@@ -264,6 +264,8 @@ class App:
         await self.store.start()
         await self._start_watching()
         self._tasks.append(asyncio.create_task(self._tick()))
+        if self._settings.cache.warmup_file is not None:
+            self._tasks.append(asyncio.create_task(self._warm_up(self._settings.cache.warmup_file)))
         gc.collect()
         gc.freeze()  # what lives as long as the process is not looked through again
         gc.set_threshold(GC_THRESHOLD, 20, 50)
@@ -288,6 +290,21 @@ class App:
         for watcher in self._watchers:
             await watcher.start()
         log.info("ops.listening", address=self.ops.address)
+
+    async def _warm_up(self, path: str) -> None:
+        """Fill the cache from a file once a node is there; whatever goes wrong is only logged."""
+        from balancer.warmup import own_url, warm_up
+
+        while self.registry.ready(self._clock.now()) is not None:
+            await self._clock.sleep(TICK_S)
+        config = self._settings.cache
+        url = own_url(self.port.address)
+        try:
+            summary = await warm_up(path, url=url, concurrency=config.warmup_concurrency, key=config.warmup_key)
+        except (ValueError, OSError) as error:
+            log.error("warmup.failed", file=path, reason=str(error))
+        else:
+            log.info("warmup.finished", **summary.results, total=summary.total, first_failure=summary.first_failure)
 
     async def stop(self) -> None:
         """Let go of everything; nothing may be in flight any more."""

@@ -13,6 +13,8 @@ from functools import partial
 from random import Random
 from typing import Any
 
+import orjson
+
 from balancer.clock import Clock
 from balancer.core import cache_entry, cache_key, convert
 from balancer.core.cache_entry import Soiled, Stored
@@ -384,7 +386,7 @@ class ResponseCache:
                 "saved_s": round(popular.saved_s, 3),
             }
             if requests and popular.request is not None:
-                about["path"], about["body"] = popular.request[0], popular.request[1].decode("utf-8", "replace")
+                about["path"], about["body"] = popular.request[0], orjson.Fragment(popular.request[1])
             found.append(about)
         return found
 

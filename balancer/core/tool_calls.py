@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 # Names and values as they stand in JSON, outside of its strings: in a string every quote is escaped.
-_MARKS = (b"tool_calls", b"function_call", b"tool_use", b"mcp_call", b"computer_call")
+_MARKS = (b"tool_call", b"function_call", b"tool_use", b"mcp_call", b"computer_call")
 _CALLS = re.compile(
     rb'"tool_calls"\s*:\s*(?:\[\s*)?\{'  # chat; TGI's may be one object
     rb'|"function_call"\s*:\s*\{'
