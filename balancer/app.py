@@ -436,6 +436,9 @@ RESTART_ONLY = (
     "limits.head_timeout_s",
     "limits.body_idle_s",
     "cache.memory_bytes",
+    "cache.warmup_file",
+    "cache.warmup_key",
+    "cache.warmup_concurrency",
     "upstream.max_connections_per_node",
     "routing.share_interval_s",
 )

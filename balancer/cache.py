@@ -19,7 +19,7 @@ from balancer.clock import Clock
 from balancer.core import cache_entry, cache_key, convert
 from balancer.core.cache_entry import Soiled, Stored
 from balancer.core.local_answers import Kept, LocalAnswers
-from balancer.core.popularity import Popularity
+from balancer.core.popularity import Asked, Popularity
 from balancer.core.request import CacheMode, Dialect, InferenceRequest, TenantId
 from balancer.core.token_bucket import TokenBucket
 from balancer.core.tool_calls import has_tool_calls
@@ -260,7 +260,8 @@ class ResponseCache:
         self._metrics.gpu_seconds_saved.inc(hit.node_seconds)
         popular = self._popularity.hit(name, len(hit.body), hit.node_seconds)
         if self._config.keep_requests and popular.request is None:
-            self._popularity.keep_request(popular, request.endpoint.path, request.body)
+            headers = tuple(pair for pair in request.forward if pair[0] not in cache_key.LEFT_OUT_HEADERS)
+            self._popularity.keep_request(popular, Asked(request.endpoint.path, headers, request.body))
 
     async def _decoded(self, data: bytes, name: str) -> Stored | None:
         decode = partial(cache_entry.decode, data, name, max_bytes=self._config.max_entry_bytes, key=self._sign_key)
@@ -385,8 +386,11 @@ class ResponseCache:
                 "bytes": popular.size_bytes,
                 "saved_s": round(popular.saved_s, 3),
             }
-            if requests and popular.request is not None:
-                about["path"], about["body"] = popular.request[0], orjson.Fragment(popular.request[1])
+            asked = popular.request
+            if requests and asked is not None:
+                about["path"] = asked.path
+                about["headers"] = {name.decode("latin-1"): value.decode("latin-1") for name, value in asked.headers}
+                about["body"] = orjson.Fragment(asked.body)
             found.append(about)
         return found
 

@@ -125,6 +125,12 @@ def _checked(settings: Settings) -> Settings:
             parse(settings.redis.url)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+    if settings.cache.ttl_by_endpoint:
+        from balancer.server import ENDPOINTS
+
+        known = {endpoint.name for endpoint in ENDPOINTS.values()}
+        if strange := settings.cache.ttl_by_endpoint.keys() - known:
+            raise SettingsError(f"cache.ttl_by_endpoint.{min(strange)}: there is no such endpoint")
     return settings
 
 
@@ -241,7 +247,7 @@ def _cache_top(args: argparse.Namespace) -> None:
         told = f"{one['hits']:>9} {one['bytes']:>9} {one['saved_s']:>9.1f}"
         print(f"{told}  {one['tenant']:<16} {one['model']:<24} {one['key']}")
     if args.export:
-        lines = [export_line(one["path"], one["body"]) for one in top if "body" in one]
+        lines = [export_line(one) for one in top if "body" in one]
         Path(args.export).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
         print(f"{len(lines)} of {len(top)} requests written to {args.export}", file=sys.stderr)
         if top and not lines:

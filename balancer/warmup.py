@@ -1,6 +1,7 @@
 """Warm-up: sends requests from a file through the ordinary data port, so that the cache has their answers.
 
-A line of the file is `{"path": …, "body": {…}}`, as `gpu-balancer cache top --export` writes it, or a bare chat body.
+A line of the file is `{"path": …, "headers": {…}, "body": {…}}`, as `gpu-balancer cache top --export` writes it, or a
+bare chat body. Headers that go on to nodes are part of an answer's key, so a warm-up has to send those of its clients.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from balancer.ask import open_session
-
 if TYPE_CHECKING:
     import aiohttp
 
 CHAT = "/v1/chat/completions"
-# What the queue is there for: warm-up waits behind everybody else's requests.
-HEADERS = {"Content-Type": "application/json", "X-Balancer-Priority": "low"}
+# What OpenAI's own clients send, of what goes on to nodes; for lines that say nothing.
+USUAL = {"content-type": "application/json", "accept": "application/json"}
 # A request that is told to come later does so this often, and waits no longer than this.
 TRIES, MAX_PAUSE_S = 3, 10.0
 # An answer that takes longer is given up.
 ANSWER_S = 600.0
 READ_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One request of a file."""
+
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
 
 
 class BadLine(ValueError):
@@ -55,26 +63,27 @@ class Summary:
         return f"{self.done} of {self.total} requests: {told or 'none'}"
 
 
-def requests(path: str) -> Iterator[tuple[str, bytes]]:
-    """Path and body of each request in a file. Raises BadLine, OSError."""
+def requests(path: str) -> Iterator[Line]:
+    """The requests in a file. Raises BadLine, OSError."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield _request(line, f"{path}:{number}")
 
 
-def _request(line: bytes, where: str) -> tuple[str, bytes]:
+def _request(line: bytes, where: str) -> Line:
     try:
         found = json.loads(line)
     except ValueError as error:
         raise BadLine(f"{where}: not JSON: {error}") from None
-    if isinstance(found, dict) and isinstance(found.get("body"), dict):
-        path, body = found.get("path", CHAT), found["body"]
-    else:
-        path, body = CHAT, found
+    if not (isinstance(found, dict) and "body" in found):
+        found = {"body": found}
+    path, headers, body = found.get("path", CHAT), found.get("headers", USUAL), found["body"]
     if not isinstance(body, dict) or not isinstance(path, str) or not path.startswith("/"):
         raise BadLine(f"{where}: is neither a chat body nor an object with a path and a body")
-    return path, json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+        raise BadLine(f"{where}: its headers are not names with texts")
+    return Line(path, headers, json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass"))
 
 
 async def warm_up(
@@ -88,11 +97,10 @@ async def warm_up(
     """Send every request of a file to a data port, at most so many at once. Raises BadLine and OSError before any."""
     summary = Summary(total=sum(1 for _ in requests(path)))
     rest = requests(path)
-    headers = {**HEADERS, **({"Authorization": f"Bearer {key}"} if key else {})}
 
     async def work(session: aiohttp.ClientSession) -> None:
-        for target, body in rest:  # shared: each takes the next
-            result = await _send(session, url.rstrip("/") + target, body, headers)
+        for line in rest:  # shared: each takes the next
+            result = await _send(session, url.rstrip("/"), line)
             if result.startswith("failed"):
                 summary.first_failure = summary.first_failure or result.removeprefix("failed: ")
                 result = "failed"
@@ -100,12 +108,25 @@ async def warm_up(
             if on_progress is not None:
                 on_progress(summary)
 
-    async with open_session() as session:
+    async with _session(key) as session:
         await asyncio.gather(*(work(session) for _ in range(concurrency)))
     return summary
 
 
-async def _send(session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str]) -> str:
+def _session(key: str | None) -> aiohttp.ClientSession:
+    """Sends no header of its own that would go on to a node. Warm-up waits in the queue behind everybody else."""
+    import aiohttp
+
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),  # ours is around each request
+        headers={"X-Balancer-Priority": "low", **({"Authorization": f"Bearer {key}"} if key else {})},
+        skip_auto_headers=("Accept", "User-Agent", "Content-Type"),
+    )
+
+
+async def _send(session: aiohttp.ClientSession, url: str, line: Line) -> str:
     """What the cache made of one request, or `failed: ` and why."""
     import aiohttp
 
@@ -113,7 +134,7 @@ async def _send(session: aiohttp.ClientSession, url: str, body: bytes, headers: 
         try:
             async with (
                 asyncio.timeout(ANSWER_S),
-                session.post(url, data=body, headers=headers, allow_redirects=False) as response,
+                session.post(url + line.path, data=line.body, headers=line.headers, allow_redirects=False) as response,
             ):
                 whole = bytearray()
                 async for chunk in response.content.iter_chunked(READ_BYTES):
@@ -146,6 +167,6 @@ def bar(summary: Summary, width: int = 30) -> str:
     return f"[{'#' * filled}{'.' * (width - filled)}] {summary}"
 
 
-def export_line(path: str, body: Any) -> str:
-    """A request as `requests` reads it."""
-    return json.dumps({"path": path, "body": body}, ensure_ascii=False)
+def export_line(told: Mapping[str, Any]) -> str:
+    """A request that `GET /admin/cache/top` told of, as `requests` reads it."""
+    return json.dumps({name: told[name] for name in ("path", "headers", "body")}, ensure_ascii=False)

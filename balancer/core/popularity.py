@@ -15,6 +15,15 @@ NAMES = 2048
 REQUEST_BYTES = 16 * 1024 * 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, as far as it is needed to ask it again."""
+
+    path: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
 @dataclass(slots=True)
 class Popular:
     """One answer and how often it was asked for."""
@@ -23,7 +32,7 @@ class Popular:
     hits: int = 0
     size_bytes: int = 0  # of the answer as it was last served
     saved_s: float = 0.0  # of nodes, over all hits
-    request: tuple[str, bytes] | None = None  # path and body, where they are kept
+    request: Asked | None = None  # where it is kept
 
 
 class Popularity:
@@ -49,11 +58,11 @@ class Popularity:
         popular.saved_s += saved_s
         return popular
 
-    def keep_request(self, popular: Popular, path: str, body: bytes) -> None:
+    def keep_request(self, popular: Popular, asked: Asked) -> None:
         """Keep what was asked, if there is room for it."""
-        if popular.request is None and self._request_bytes + len(body) <= REQUEST_BYTES:
-            self._request_bytes += len(body)
-            popular.request = (path, body)
+        if popular.request is None and self._request_bytes + len(asked.body) <= REQUEST_BYTES:
+            self._request_bytes += len(asked.body)
+            popular.request = asked
 
     def forget_requests(self) -> None:
         """Keep counts only."""
@@ -70,4 +79,4 @@ class Popularity:
         for popular in self._table.values():
             popular.hits = max(1, popular.hits // 2)
             popular.saved_s /= 2
-        self._request_bytes = sum(len(kept.request[1]) for kept in self._table.values() if kept.request is not None)
+        self._request_bytes = sum(len(kept.request.body) for kept in self._table.values() if kept.request is not None)

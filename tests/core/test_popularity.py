@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from balancer.core.popularity import REQUEST_BYTES, Popularity
+from balancer.core.popularity import REQUEST_BYTES, Asked, Popularity
 
 
 def test_the_most_hit_come_first() -> None:
@@ -26,14 +26,14 @@ def test_a_full_table_keeps_what_is_popular() -> None:
 
 def test_requests_are_kept_while_there_is_room() -> None:
     popularity = Popularity(names=4)
-    large = b"x" * (REQUEST_BYTES // 2)
+    large = Asked("/v1/chat/completions", (), b"x" * (REQUEST_BYTES // 2))
     for number in range(4):
-        popularity.keep_request(popularity.hit(str(number), 10, 0.1), "/v1/chat/completions", large)
+        popularity.keep_request(popularity.hit(str(number), 10, 0.1), large)
     assert [popular.request is not None for popular in popularity.top(4)] == [True, True, False, False]
     popularity.hit("2", 10, 0.1)
     popularity.hit("3", 10, 0.1)
     renewed = popularity.hit("4", 10, 0.1)  # no room in the table: half of it goes, and with it two requests
-    popularity.keep_request(renewed, "/v1/chat/completions", large)
-    assert renewed.request == ("/v1/chat/completions", large)
+    popularity.keep_request(renewed, large)
+    assert renewed.request is large
     popularity.forget_requests()
     assert not any(popular.request for popular in popularity.top(4))
