@@ -137,6 +137,7 @@ class ResponseCache:
             request, everything=config.cacheable == "all", rule=rule.cacheable if rule else None
         )
         refusable = self._refuses and mode is not CacheMode.REFRESH and reason in (None, "sampling")
+        refusable = refusable and len(request.body) <= cache_key.CANONICAL_BYTES  # more takes long to hash
         if reason is not None:
             return Plan(None, False, False, 0.0, reason, refusable)
         scope = None if config.shared_between_tenants else request.tenant.id
@@ -428,9 +429,9 @@ class ResponseCache:
         gone = self.forget_local(tenant, model, key, before_wall_s)
         if self._store is None:
             return gone
-        gone = await self._store.delete(tenant=tenant, model=model, digest=key, before_wall_s=before_wall_s)
+        there = await self._store.delete(tenant=tenant, model=model, digest=key, before_wall_s=before_wall_s)
         self.forget_local(tenant, model, key, before_wall_s)  # what was read meanwhile
-        return gone
+        return max(gone, there)
 
     def forget_local(
         self, tenant: str | None, model: str | None, digest: str | None, before_wall_s: float | None = None

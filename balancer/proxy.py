@@ -41,7 +41,8 @@ class Proxy:
         hit = self._local_hit(plan, request, client)
         if hit is None:
             return self.handle(request, plan, client)
-        return client.replay(hit)
+        replay = client.replay(hit)
+        return replay if replay is None else _to_its_end(replay, client)
 
     def plan(self, request: InferenceRequest) -> Plan:
         """What the cache will do for a request; hashes its body."""
@@ -55,7 +56,7 @@ class Proxy:
         if hit is None:
             await self.handle(request, plan, client)
         elif (replay := client.replay(hit)) is not None:
-            await replay
+            await _to_its_end(replay, client)
 
     def _local_hit(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> Hit | None:
         """What this process's memory holds; the verdict is noted."""
@@ -84,12 +85,11 @@ class Proxy:
             stale = None if client.begun else self._cache.stale(plan, request)
             if stale is None:
                 return client.fail(error)
-            await self._replay(stale, client)
+            await _to_its_end(self._replay(stale, client), client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
-            if not client.gone:  # cut by a shutdown
-                client.fail(Draining("this balancer was shut down before the answer was complete"))
+            _cut_short(client)
             raise
 
     @staticmethod
@@ -98,6 +98,20 @@ class Proxy:
         client.call.node = ""
         if (replay := client.replay(hit)) is not None:
             await replay
+
+
+async def _to_its_end(replay: Coroutine[Any, Any, None], client: ClientStream) -> None:
+    try:
+        await replay
+    except asyncio.CancelledError:
+        _cut_short(client)
+        raise
+
+
+def _cut_short(client: ClientStream) -> None:
+    """The work for a client was cancelled: it left, or a shutdown cut it."""
+    if not client.gone:
+        client.fail(Draining("this balancer was shut down before the answer was complete"))
 
 
 class _Series:

@@ -19,6 +19,10 @@ from balancer.wire.inbound import InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
 
 
+# Only whole events are sent: what cuts a replay short may have to say so in one of its own.
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
 class _Throttle:
     """Stops a replay while its client does not read (`wire.inbound.Flow`)."""
 
@@ -134,7 +138,10 @@ class ClientStream:
 
     async def _replay_paced(self, hit: Hit, lines: bytes) -> None:
         """Send a stored stream in its own time; a client that reads slowly is waited for, one that leaves ends it."""
-        steps = schedule(hit.pace, len(hit.body))
+        size = len(hit.body)
+        steps = [
+            step for step in schedule(hit.pace, size) if step[1] == size or hit.body.endswith(_EVENT_ENDS, 0, step[1])
+        ]
         flow = self._inbound.flow = _Throttle()
         begun_s, sent = self._clock.now(), steps[0][1]
         self._sse = self._begun = True

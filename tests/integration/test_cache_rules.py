@@ -333,12 +333,17 @@ async def test_at_once_is_one_write_whatever_was_recorded(serve: Serve) -> None:
         assert stored(balancer)[0].pace == b""
 
 
+def second_by_second(events: bytes) -> bytes:
+    """A pace with a second between one event and the next."""
+    return record([(float(number), len(event) + 2) for number, event in enumerate(events.split(b"\n\n")[:-1])])
+
+
 async def test_a_client_that_leaves_ends_its_replay(serve: Serve, node: FakeNode) -> None:
     balancer = await serve(node, cache={"replay": "recorded"})
     body = chat(stream=True)
     await ask(balancer, body)
     (kept,) = stored(balancer)
-    kept.pace = record([(float(number), 10) for number in range(60)])
+    kept.pace = second_by_second(kept.body)
     wire = await Wire.to(balancer)
     wire.send(post(body))
     await wire.head()
@@ -350,6 +355,26 @@ async def test_a_client_that_leaves_ends_its_replay(serve: Serve, node: FakeNode
     assert (await wire.ask(get("/healthz"))).status == 200
 
 
+async def test_a_replay_that_a_shutdown_cuts_ends_with_an_error(serve: Serve, node: FakeNode) -> None:
+    balancer = await serve(node, cache={"replay": "recorded"})
+    body = chat(stream=True)
+    await ask(balancer, body)
+    (kept,) = stored(balancer)
+    kept.pace = second_by_second(kept.body)
+    wire = await Wire.to(balancer)
+    asking = asyncio.create_task(wire.ask(post(body)))
+    async with asyncio.timeout(WITHIN_S):
+        while not balancer.app.port.working():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    balancer.app.port.close_listener()
+    await asyncio.gather(*balancer.app.port.cut_all(), return_exceptions=True)
+    answer = await asking
+    assert answer.status == 200
+    assert answer.events[-1]["error"]["code"] == "draining"
+    assert "[DONE]" not in answer.events
+
+
 # -- what was saved
 
 
@@ -359,7 +384,6 @@ async def test_gpu_seconds_are_shared_between_what_ran_at_once(serve: Serve) -> 
         await ask(balancer, chat("alone"))
         (alone,) = stored(balancer)
         long = [asyncio.create_task(ask(balancer, chat(str(number), max_tokens=200))) for number in range(3)]
-        await balancer.wait_for(lambda: True)
         async with asyncio.timeout(WITHIN_S):
             while len(node.requests) < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
