@@ -18,7 +18,6 @@ from balancer.wire.framing import DateHeader, status_line
 from balancer.wire.inbound import InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
 
-
 # Only whole events are sent: what cuts a replay short may have to say so in one of its own.
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
