@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
@@ -77,8 +78,13 @@ class Address:
         finally:
             await client.aclose()
 
-    def client(self, timeout_s: float) -> Redis:
-        """A redis-py client with one connection, for what is in no request's way; the caller closes it."""
+    def client(
+        self, timeout_s: float, *, connect_s: float | None = None, connections: int = 1, wait_s: float | None = None
+    ) -> Redis:
+        """A redis-py client for what is in no request's way, without retries; the caller closes it.
+
+        `wait_s` is how long a call waits for a connection; like `connect_s` it is `timeout_s` where it is None.
+        """
         kind: type[Connection | UnixDomainSocketConnection] = Connection
         where: dict[str, Any] = {"host": self.host, "port": self.port}
         if self.path is not None:
@@ -87,17 +93,18 @@ class Address:
             kind, where = SSLConnection, {**where, **dict(self.tls_options)}
         pool = BlockingConnectionPool(
             connection_class=kind,
-            max_connections=1,
-            timeout=timeout_s,
-            db=self.db,
-            username=self.username,
-            password=self.password,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
+            max_connections=connections,
+            timeout=timeout_s if wait_s is None else wait_s,
+            **self.login,
+            **_limits(timeout_s, connect_s),
             **where,
         )
         return Redis.from_pool(pool)
+
+    @property
+    def login(self) -> dict[str, Any]:
+        """User, password and database as redis-py names them."""
+        return {"db": self.db, "username": self.username, "password": self.password}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +130,22 @@ class Sentinels:
                 continue  # away, or it does not know the service
         raise ConnectionError(f"no Sentinel knows the master of {self.service}")
 
+    def client(
+        self, timeout_s: float, *, connect_s: float | None = None, connections: int = 1, wait_s: float | None = None
+    ) -> Redis:
+        """A redis-py client of the master, as it is at each connection; no call waits for a free one."""
+        tls = {"ssl": True, **dict(self.master.tls_options)} if self.master.tls is not None else {}
+        login = {name: value for name, value in self.sentinels[0].login.items() if value}
+        new_manager: Any = Sentinel
+        new_pool: Any = SentinelConnectionPool
+        manager = new_manager(
+            [(sentinel.host, sentinel.port) for sentinel in self.sentinels],
+            sentinel_kwargs={**login, **_limits(SENTINEL_S, None), **tls},
+        )
+        limits = _limits(timeout_s, connect_s)
+        pool = new_pool(self.service, manager, max_connections=connections, **self.master.login, **limits, **tls)
+        return Redis.from_pool(pool)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
@@ -133,6 +156,12 @@ class Cluster:
     def __str__(self) -> str:
         servers = ",".join(seed.server for seed in self.seeds)
         return f"{'rediss' if self.seeds[0].tls else 'redis'}+cluster://{servers}"
+
+    def client(
+        self, timeout_s: float, *, connect_s: float | None = None, connections: int = 1, wait_s: float | None = None
+    ) -> Redis:
+        """A redis-py client of the first server: enough to publish and subscribe, which reaches all of them."""
+        return self.seeds[0].client(timeout_s, connect_s=connect_s, connections=connections, wait_s=wait_s)
 
 
 def parse(url: str) -> Address | Sentinels | Cluster:
@@ -209,6 +238,12 @@ def _several(name: str, kind: str, rest: str) -> Sentinels | Cluster:
         for address in addresses
     )
     return Sentinels(service=unquote(service), sentinels=asked, master=like)
+
+
+def _limits(timeout_s: float, connect_s: float | None) -> dict[str, Any]:
+    """Time limits, and no retries: redis-py's own would stall for seconds."""
+    connect_s = timeout_s if connect_s is None else connect_s
+    return {"socket_timeout": timeout_s, "socket_connect_timeout": connect_s, "retry": Retry(NoBackoff(), 0)}
 
 
 def _context(options: dict[str, Any]) -> ssl.SSLContext:

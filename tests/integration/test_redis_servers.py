@@ -130,6 +130,8 @@ async def test_the_store_follows_the_master_that_sentinels_name(
         await until_used(balancer.app.store, ["balancer:v1:cache:t:m:{after}"])
         with replica.client() as inside:
             assert inside.get("balancer:v1:cache:t:m:{after}") == b"kept"
+        async with parse(url).client(PATIENT_S, connections=2) as aside:
+            assert await aside.get("balancer:v1:cache:t:m:{after}") == b"kept"
 
 
 # -- Cluster
@@ -216,6 +218,8 @@ async def test_a_cluster_keeps_each_name_where_it_belongs(cluster: list[RedisSer
         assert refused is not None
         assert refused.wait_s > 0.0
         assert len(await store.facts()) == 3
+        async with parse(f"redis+cluster://127.0.0.1:{cluster[0].port}").client(PATIENT_S) as aside:
+            assert await aside.publish("balancer:v1:topic", b"x") == 0
         assert await store.delete(tenant="t", model=None, digest="digest-1") == 1
         assert await store.delete(tenant="t", model=None, digest=None) == 59
         assert errors == []
