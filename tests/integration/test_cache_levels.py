@@ -194,7 +194,7 @@ async def test_what_is_forgotten_here_is_still_in_redis(redis_server: RedisServe
 
 
 async def test_answers_are_removed_by_age_through_the_admin_port(redis_server: RedisServer, node: FakeNode) -> None:
-    async with balancer_on(redis_server, node, sign_key=SIGN_KEY) as balancer:
+    async with balancer_on(redis_server, node, memory_bytes=0, sign_key=SIGN_KEY) as balancer:
         await caches(balancer, (chat("one"),), (chat("other"),))
         await written(balancer)
         with redis_server.client() as client:
