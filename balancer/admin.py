@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[!-~]{1,128}")
 _NODE = TypeAdapter(tuple[NodeConfig], config=ConfigDict(extra="forbid"))  # a dataclass alone takes no config
 _CACHE_FILTERS = ("tenant", "model", "key")
+# Answers told of at once, at most.
+MOST_TOLD = 1000
 # A caller whose body does not come would hold its call for ever.
 BODY_S = 10.0
 
@@ -53,7 +56,12 @@ class CacheAdmin(Protocol):
     async def stats(self) -> dict[str, Any]:
         """Hit figures."""
 
-    async def delete(self, *, tenant: str | None, model: str | None, key: str | None) -> int:
+    def top(self, count: int, *, requests: bool) -> list[dict[str, Any]]:
+        """The answers hit most, in order."""
+
+    async def delete(
+        self, *, tenant: str | None, model: str | None, key: str | None, older_than_s: float | None
+    ) -> int:
         """Remove what matches all that is given; how many answers went."""
 
 
@@ -98,6 +106,7 @@ class Admin:
             ("POST", "/admin/nodes/{id}/undrain", self._undrain),
             ("GET", "/admin/requests/{id}", self._request),
             ("GET", "/admin/cache", self._cache_stats),
+            ("GET", "/admin/cache/top", self._cache_top),
             ("DELETE", "/admin/cache", self._cache_delete),
             ("GET", "/admin/tenants", self._show_tenants),
             ("GET", "/admin/config", self._show_config),
@@ -161,15 +170,23 @@ class Admin:
     async def _cache_stats(self, request: web.Request) -> Reply:
         return Reply(data=await self._cache.stats())
 
+    async def _cache_top(self, request: web.Request) -> Reply:
+        query = _single(request, ("count", "requests"))
+        count, requests = query.get("count", "20"), query.get("requests", "false")
+        if not count.isdigit() or not 1 <= int(count) <= MOST_TOLD:
+            raise BadRequest(f"count: must be 1 to {MOST_TOLD}", param="count")
+        if requests not in ("true", "false"):
+            raise BadRequest("requests: must be true or false", param="requests")
+        return Reply(data={"top": self._cache.top(int(count), requests=requests == "true")})
+
     async def _cache_delete(self, request: web.Request) -> Reply:
-        query = request.query
-        for name in query:
-            if name not in _CACHE_FILTERS or len(query.getall(name)) > 1:
-                raise BadRequest(f"{name}: is unknown or there twice", param=name)
+        query = _single(request, (*_CACHE_FILTERS, "older_than_s"))
         tenant, model, key = (query.get(name) or None for name in _CACHE_FILTERS)
-        if tenant is None and model is None and key is None:
-            raise BadRequest("say what to remove: tenant, model or key")
-        return Reply(data={"deleted": await self._cache.delete(tenant=tenant, model=model, key=key)})
+        older_than_s = _seconds(query["older_than_s"]) if query.get("older_than_s") else None
+        if tenant is None and model is None and key is None and older_than_s is None:
+            raise BadRequest("say what to remove: tenant, model, key or older_than_s")
+        gone = await self._cache.delete(tenant=tenant, model=model, key=key, older_than_s=older_than_s)
+        return Reply(data={"deleted": gone})
 
     async def _show_tenants(self, request: web.Request) -> Reply:
         return Reply(data=self._tenants())
@@ -182,6 +199,25 @@ class Admin:
             return Reply(data={"reloaded": True, "needs_restart": await self._reload()})
         except SettingsError as error:
             raise BadRequest(str(error)) from error
+
+
+def _single(request: web.Request, known: Sequence[str]) -> Mapping[str, str]:
+    """The query's fields, each there at most once. Raises BadRequest."""
+    query = request.query
+    for name in query:
+        if name not in known or len(query.getall(name)) > 1:
+            raise BadRequest(f"{name}: is unknown or there twice", param=name)
+    return query
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 <= seconds < math.inf:
+        raise BadRequest("older_than_s: must be a number of seconds", param="older_than_s")
+    return seconds
 
 
 async def json_body(request: web.Request) -> Any:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,8 @@ from balancer.attempts import Attempts
 from balancer.auth import Auth
 from balancer.cache import ResponseCache
 from balancer.clock import Clock, SystemClock
+from balancer.core.cache_entry import OVERHEAD_BYTES
+from balancer.core.local_answers import LocalAnswers
 from balancer.core.node import NodeConfig
 from balancer.core.request import NodeId
 from balancer.core.routing import Routing, routing_of
@@ -42,13 +44,18 @@ from balancer.wire.inbound import InboundLimits
 from balancer.wire.timers import TimerWheel
 
 if TYPE_CHECKING:
+    from balancer.store.address import Address, Sentinels
+    from balancer.store.cluster import ClusterStore
     from balancer.store.flights import Board
+    from balancer.store.redis import RedisStore
     from balancer.watchdog import Watchdog
 
 log = get_logger()
 
-# The fallback for rate limits while Redis is away holds buckets only.
+# In this process, beside the answers: buckets of rate limits, and what else is kept without a Redis.
 FALLBACK_BYTES = 16 * 1024 * 1024
+# Of `cache.memory_bytes`, beside it, for vectors of single inputs where there is no Redis.
+VECTORS_SHARE = 0.25
 # How often the event loop's lateness is measured, and idle node connections are looked through.
 TICK_S = 0.5
 # What lay in the sockets when a signal came is read within this time, and counts as having come before it.
@@ -110,14 +117,19 @@ class App:
             rng=self._rng,
         )
         self.registry.configure(settings.routing, settings.outlier, adaptive=settings.queue.adaptive)
+        self.memory = MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
         self.store = self._make_store()
-        self.memory = (
-            self.store if isinstance(self.store, MemoryStore) else MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
-        )
         self.auth = Auth(settings.auth)
         self.intake = Intake(settings, self.registry, self.auth)
         self.cache = ResponseCache(
-            settings.cache, store=self.store, models=self.intake.rules, metrics=self.metrics, clock=clock
+            settings.cache,
+            local=LocalAnswers(settings.cache.memory_bytes),
+            store=None if settings.redis.url is None else self.store,
+            vectors=self._make_vectors(),
+            models=self.intake.rules,
+            metrics=self.metrics,
+            clock=clock,
+            rng=self._rng,
         )
         self.admission = Admission(
             limits=settings.limits,
@@ -152,7 +164,7 @@ class App:
             wheel=self.wheel,
             rng=self._rng,
         )
-        self.sharing = self._make_sharing()
+        self.neighbours = self._make_neighbours()
         self._follow_fleet()
         date = DateHeader()
         self.resumes = Resumes(self.attempts, self.metrics, self.buffered, enabled=settings.resume.enabled)
@@ -227,25 +239,41 @@ class App:
         self.attempts.routing.configure(new.routing)
         return self.attempts.routing
 
-    def _make_store(self) -> Store:
+    def _make_store(self) -> MemoryStore | RedisStore | ClusterStore:
         settings = self._settings
         if settings.redis.url is None:
-            return MemoryStore(max_bytes=settings.cache.memory_bytes, clock=self._clock)
+            return self.memory
+        from balancer.store.address import Cluster, parse
+        from balancer.store.cluster import ClusterStore
         from balancer.store.redis import RedisStore
 
-        return RedisStore(
-            settings.redis.url,
-            timeout_s=settings.redis.timeout_s,
-            clock=self._clock,
-            on_error=lambda op: self.metrics.store_errors.of(op).inc(),
-            max_value_bytes=settings.cache.max_entry_bytes + 4096,  # what is said about an entry stands before it
-        )
+        def open_one(address: Address | Sentinels, on_moved: Callable[[], None] | None = None) -> RedisStore:
+            return RedisStore(
+                address,
+                timeout_s=settings.redis.timeout_s,
+                clock=self._clock,
+                on_error=lambda op: self.metrics.store_errors.of(op).inc(),
+                on_moved=on_moved,
+                max_value_bytes=settings.cache.max_entry_bytes + OVERHEAD_BYTES,
+            )
 
-    def _make_sharing(self) -> Watcher | None:
+        where = parse(settings.redis.url)
+        if isinstance(where, Cluster):
+            return ClusterStore(where, open_shard=open_one, clock=self._clock)
+        return open_one(where)
+
+    def _make_vectors(self) -> Store:
+        """Where vectors of single inputs are kept: not among the rate limits' buckets, which they would push out."""
+        if not isinstance(self.store, MemoryStore):
+            return self.store
+        return MemoryStore(max_bytes=int(VECTORS_SHARE * self._settings.cache.memory_bytes), clock=self._clock)
+
+    def _make_neighbours(self) -> Sequence[Watcher]:
         """What balancers tell each other needs a Redis between them."""
         settings = self._settings
-        if settings.redis.url is None or not settings.routing.share_interval_s:
-            return None
+        if settings.redis.url is None:
+            return ()
+        from balancer.gossip import Gossip
         from balancer.sharing import Sharing
         from balancer.store.channel import Channel, client_of
 
@@ -255,7 +283,10 @@ class App:
             rng=self._rng,
             on_event=lambda topic, what: self.metrics.channel_messages.of(topic, what).inc(),
         )
-        return Sharing(
+        gossip = Gossip(channel, self.cache, self.verdicts)
+        if not settings.routing.share_interval_s:
+            return (gossip,)
+        sharing = Sharing(
             channel,
             self.registry,
             lambda: self.attempts.routing,
@@ -264,16 +295,20 @@ class App:
             clock=self._clock,
             rng=self._rng,
         )
+        return gossip, sharing
 
     def _make_board(self) -> Board | None:
         """Where calls are shared with other balancers; there has to be a Redis that they share."""
         if self._settings.redis.url is None:
             return None
+        from balancer.store.address import Cluster, parse
         from balancer.store.flights import Board
         from balancer.store.redis import RedisStore
 
-        assert isinstance(self.store, RedisStore)
-        return Board(self.store, self._settings.redis.url, self._clock)
+        where = parse(self._settings.redis.url)
+        if isinstance(where, Cluster) or not isinstance(self.store, RedisStore):
+            return None
+        return Board(self.store, where, self._clock)
 
     # -- life
 
@@ -288,6 +323,8 @@ class App:
         await self.store.start()
         await self._start_watching()
         self._tasks.append(asyncio.create_task(self._tick()))
+        if self._settings.cache.warmup_file is not None:
+            self._tasks.append(asyncio.create_task(self._warm_up(self._settings.cache.warmup_file)))
         gc.collect()
         gc.freeze()  # what lives as long as the process is not looked through again
         gc.set_threshold(GC_THRESHOLD, 20, 50)
@@ -301,16 +338,35 @@ class App:
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
         self.watchdog = Watchdog(registry, settings.timeouts.stall_s, settings.health.path, clock, self.metrics)
         self._watchers = (
-            *([self.sharing] if self.sharing is not None else []),
+            *self.neighbours,
             self.watchdog,
             HealthChecker(registry, settings.health, clock, rng),
             ModelLister(registry, clock, rng),
             self.feed,
             self.ops,
         )
+        if not isinstance(self.store, MemoryStore):
+            from balancer.store.watch import StoreWatch
+
+            self._watchers += (StoreWatch(self.store, self.metrics, clock),)
         for watcher in self._watchers:
             await watcher.start()
         log.info("ops.listening", address=self.ops.address)
+
+    async def _warm_up(self, path: str) -> None:
+        """Fill the cache from a file once a node is there; whatever goes wrong is only logged."""
+        from balancer.warmup import own_url, warm_up
+
+        while self.registry.ready(self._clock.now()) is not None:
+            await self._clock.sleep(TICK_S)
+        config = self._settings.cache
+        url = own_url(self.port.address)
+        try:
+            summary = await warm_up(path, url=url, concurrency=config.warmup_concurrency, key=config.warmup_key)
+        except (ValueError, OSError) as error:
+            log.error("warmup.failed", file=path, reason=str(error))
+        else:
+            log.info("warmup.finished", **summary.results, total=summary.total, first_failure=summary.first_failure)
 
     async def stop(self) -> None:
         """Let go of everything; nothing may be in flight any more."""
@@ -432,6 +488,7 @@ class App:
             self._lag_s = max(0.0, now - before_s - TICK_S)
             self.attempts.sweep(now)
             self.admission.look_again()  # a node's rest or a breaker's time may be over, which nobody tells
+            self.cache.purge(now)
 
 
 # Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.
@@ -452,6 +509,9 @@ RESTART_ONLY = (
     "limits.head_timeout_s",
     "limits.body_idle_s",
     "cache.memory_bytes",
+    "cache.warmup_file",
+    "cache.warmup_key",
+    "cache.warmup_concurrency",
     "upstream.max_connections_per_node",
     "routing.share_interval_s",
 )

@@ -64,10 +64,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.set_defaults(run=_simulate)
 
+    warm_up = commands.add_parser("warmup", help="send the requests of a file, so that the cache has their answers")
+    warm_up.add_argument("file", metavar="FILE", help="JSON lines: chat bodies, or objects with a path and a body")
+    warm_up.add_argument("--url", default="http://127.0.0.1:8080", help="data port (default http://127.0.0.1:8080)")
+    warm_up.add_argument("--concurrency", type=_count, default=5, metavar="N", help="requests at once (default 5)")
+    warm_up.add_argument("--key-file", metavar="FILE", help="file with the API key to send them with")
+    warm_up.set_defaults(run=_warm_up)
+
+    cache = commands.add_parser("cache", help="look into a balancer's cache").add_subparsers(required=True)
+    top = cache.add_parser("top", help="the answers that were asked for most")
+    top.add_argument("--ops", default="http://127.0.0.1:8081", help="operations port (default http://127.0.0.1:8081)")
+    top.add_argument("--count", type=_count, default=20, metavar="N", help="how many (default 20)")
+    top.add_argument("--export", metavar="FILE", help="write their requests as a file for warmup (cache.keep_requests)")
+    top.add_argument("--key-file", metavar="FILE", help="file with the admin key")
+    top.set_defaults(run=_cache_top)
+
     new_key = commands.add_parser("new-key", help="make an API key")
     new_key.add_argument("--tenant", required=True, metavar="NAME")
     new_key.set_defaults(run=_new_key)
     return parser
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -114,6 +136,12 @@ def _checked(settings: Settings) -> Settings:
             parse(settings.redis.url)
         except ValueError as error:
             raise SettingsError(str(error)) from error
+    if settings.cache.ttl_by_endpoint:
+        from balancer.server import ENDPOINTS
+
+        known = {endpoint.name for endpoint in ENDPOINTS.values()}
+        if strange := settings.cache.ttl_by_endpoint.keys() - known:
+            raise SettingsError(f"cache.ttl_by_endpoint.{min(strange)}: there is no such endpoint")
     return settings
 
 
@@ -204,6 +232,67 @@ def _explain(args: argparse.Namespace) -> None:
     if answer.status != 200:
         _fail(f"{args.request_id}: {told['error']['message']}", 1)
     print(json.dumps(told, indent=2) if args.json else table(told))
+
+
+def _read_key(path: str | None) -> str | None:
+    from pathlib import Path
+
+    try:
+        return None if path is None else Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"{path}: {getattr(error, 'strerror', None) or error}", 2)
+
+
+def _warm_up(args: argparse.Namespace) -> None:
+    import asyncio
+
+    from balancer.warmup import Summary, bar, warm_up
+
+    def show(summary: Summary) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\033[K{bar(summary)}", end="", file=sys.stderr, flush=True)
+
+    key = _read_key(args.key_file)
+    try:
+        summary = asyncio.run(warm_up(args.file, url=args.url, concurrency=args.concurrency, key=key, on_progress=show))
+    except (ValueError, OSError) as error:
+        _fail(getattr(error, "strerror", None) or str(error), 2)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    print(summary)
+    if summary.failed:
+        _fail(f"the first failure: {summary.first_failure}", 1)
+
+
+def _cache_top(args: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+    from urllib.error import HTTPError, URLError
+    from urllib.request import Request, urlopen
+
+    from balancer.warmup import export_line
+
+    key = _read_key(args.key_file)
+    query = f"count={min(args.count, 1000)}&requests={'true' if args.export else 'false'}"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        request = Request(f"{args.ops.rstrip('/')}/admin/cache/top?{query}", headers=headers)
+        with urlopen(request, timeout=30) as answer:
+            top = json.load(answer)["top"]
+    except HTTPError as error:
+        _fail(f"{args.ops}: {error.code} {error.read(500).decode('utf-8', 'replace')}", 1)
+    except (URLError, ValueError, OSError) as error:
+        _fail(f"{args.ops}: {getattr(error, 'reason', error)}", 1)
+    print(f"{'hits':>9} {'bytes':>9} {'saved s':>9}  {'tenant':<16} {'model':<24} key")
+    for one in top:
+        told = f"{one['hits']:>9} {one['bytes']:>9} {one['saved_s']:>9.1f}"
+        print(f"{told}  {one['tenant']:<16} {one['model']:<24} {one['key']}")
+    if args.export:
+        lines = [export_line(one) for one in top if "body" in one]
+        Path(args.export).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        print(f"{len(lines)} of {len(top)} requests written to {args.export}", file=sys.stderr)
+        if top and not lines:
+            print("requests are kept only with cache.keep_requests: true", file=sys.stderr)
 
 
 def _simulate(args: argparse.Namespace) -> None:

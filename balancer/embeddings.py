@@ -72,7 +72,7 @@ class Embedder:
     async def serve(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> bool:
         """Answer the request, where some of its vectors are known; else note under which names to keep them."""
         inputs = embeddings.inputs_of(request.parsed)
-        if inputs is None or len(inputs) > (MAX_LOCAL if self._cache.is_local else MAX_REMOTE):
+        if inputs is None or len(inputs) > (MAX_REMOTE if self._cache.is_shared else MAX_LOCAL):
             return False
         plan.inputs = self._cache.input_names(request, inputs)
         if request.wishes.cache_mode is CacheMode.REFRESH:
@@ -84,7 +84,7 @@ class Embedder:
         parts = embeddings.split([embeddings.decode(entry) for entry in entries])
         if not parts.known:
             return False
-        self._cache.bound_hits(request.tenant.id, self._clock.now())
+        self._cache.bound_hits(request.tenant.id)
         if parts.missing:
             return await self._ask_rest(request, plan, parts, client)
         body = embeddings.merge(parts, None)

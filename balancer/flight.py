@@ -14,6 +14,7 @@ from balancer.admission import Admission
 from balancer.attempts import Attempt, Attempts, failure_of
 from balancer.cache import NO_PLAN, Plan, ResponseCache
 from balancer.clock import Clock
+from balancer.collection import Collection
 from balancer.core import cache_key
 from balancer.core.outcome import Fault, Outcome
 from balancer.core.request import CacheMode, InferenceRequest
@@ -49,11 +50,9 @@ class Flight:
     __slots__ = (
         "_answer",
         "_attempts",
-        "_buffered",
         "_cache",
         "_clock",
         "_collected",
-        "_collected_bytes",
         "_is_stopped",
         "_kept",
         "_lease",
@@ -88,9 +87,7 @@ class Flight:
         self._plan = plan
         self._answer: Delivered | None = None  # once it is handed on as it comes
         self._subscribers: list[ClientStream | Passenger] = [client]
-        self._collected: list[bytes] | None = [] if plan.write and plan.name else None
-        self._collected_bytes = 0
-        self._buffered = buffered
+        self._collected = Collection(plan, cache.max_entry_bytes, buffered)
         self._kept: Kept | None = None  # for a resume
         self._is_stopped = False  # no passenger reads
         self._task: asyncio.Task[None] | None = None  # that it runs in, once it is shared
@@ -108,8 +105,8 @@ class Flight:
 
     def write(self, data: bytes) -> None:
         """More of the committed answer (`wire.answer.Sink`)."""
-        if self._collected is not None:
-            self._collect(data)
+        if self._collected.is_open:
+            self._collected.add(data, self._answer.last_byte_s if isinstance(self._answer, Answer) else 0.0)
         if self._kept is not None:
             self._kept.add(data)
         for client in self._subscribers:
@@ -140,8 +137,11 @@ class Flight:
         body = answer.take_held()
         if answer.outcome is Outcome.OK:
             self.is_good = True
-            self._store(answer, body, answer.withheld, answer.last_byte_s - answer.sent_s)
+            self._store(attempt, body, answer.withheld, b"", answer.last_byte_s - answer.sent_s)
             self._count_saved(answer)
+        elif answer.outcome is Outcome.REQUEST_ERROR and answer.head is not None:
+            kind = answer.head.content_type or b"application/json"
+            self._cache.store_refusal(self._plan, self.request, status=answer.status, kind=kind, body=body)
         for client in self._subscribers:
             client.whole(answer, body)
 
@@ -150,8 +150,8 @@ class Flight:
         try:
             held = answer.take_held()
             self._kept = self._resumes.keep(self.request, attempt)
-            if self._collected is not None:
-                self._collect(held)
+            if self._collected.is_open:
+                self._collected.add(held, answer.last_byte_s)
             if self._kept is not None:
                 self._kept.add(held)
             for client in self._subscribers:
@@ -169,12 +169,12 @@ class Flight:
             if outcome.ruling.fault is Fault.NODE and self._kept is not None:
                 rest = await self._resumes.rest(self._kept, self.request, attempt)
                 if rest is not None:
-                    outcome, answer, withheld = await self._go_on(rest), rest.answer, rest.withheld
-                    took_s += answer.last_byte_s - answer.sent_s
-            self._finish(answer, outcome, withheld, took_s)
+                    outcome, attempt, withheld = await self._go_on(rest), rest.attempt, rest.withheld
+                    took_s += rest.answer.last_byte_s - rest.answer.sent_s
+            self._finish(attempt, outcome, withheld, took_s)
             return outcome
         finally:
-            self.drop()
+            self._collected.drop()
             if self._kept is not None:
                 self._kept.drop()
 
@@ -184,7 +184,7 @@ class Flight:
         if kept is not None:
             kept.drop()
             if not kept.is_greedy:
-                self.drop()  # another try could have said something else
+                self._collected.drop()  # another try could have said something else
         with rest.attempt:
             self._answer = answer = rest.answer
             answer.extend(self.request.deadline_s)
@@ -202,14 +202,15 @@ class Flight:
                 self.tokens = rest.used
             return outcome
 
-    def _finish(self, answer: Answer, outcome: Outcome, withheld: list[bytes], took_s: float) -> None:
+    def _finish(self, attempt: Attempt, outcome: Outcome, withheld: list[bytes], took_s: float) -> None:
+        answer = attempt.answer
         if outcome is Outcome.OK:
             self.is_good = True
             self._count_saved(answer)
             for client in self._subscribers:
                 client.end()
-            if self._collected is not None:
-                self._store(answer, b"".join(self._collected), withheld, took_s)
+            if self._collected.is_open:
+                self._store(attempt, self._collected.body, withheld, self._collected.pace, took_s)
         else:
             error = failure_of(outcome, answer.message)
             for client in self._subscribers:
@@ -222,8 +223,8 @@ class Flight:
     def may_be_joined(self, request: InferenceRequest) -> bool:
         """Whether an equal request gets the whole answer here, no later than if it was asked for alone."""
         return (
-            self._collected is not None
-            and self._collected_bytes <= JOIN_BYTES
+            self._collected.is_open
+            and self._collected.size <= JOIN_BYTES
             and (self._answer is None or self._answer.good)
             and (bool(self._subscribers) or self.is_wanted if self.is_shared else not self.client.gone)
             and self.request.wishes.priority.value <= request.wishes.priority.value
@@ -237,9 +238,8 @@ class Flight:
         self._subscribers.append(passenger)
         self._last_until(request.deadline_s)
         if self._answer is not None:
-            assert self._collected is not None
             client.call.node = self.call.node
-            passenger.begin(self._answer, b"".join(self._collected))
+            passenger.begin(self._answer, self._collected.body)
             self.pace()
         return passenger
 
@@ -413,14 +413,14 @@ class Flight:
 
     def so_far(self) -> tuple[bytes, bytes] | None:
         """How the answer begins, for other balancers, and what there is of it; None where it is not to be had."""
-        if self._answer is None or self._collected is None or self._collected_bytes > JOIN_BYTES:
+        if self._answer is None or not self._collected.is_open or self._collected.size > JOIN_BYTES:
             return None
         assert isinstance(self._answer, Answer)
         head = self._answer.head
         if head is None or head.status != 200:
             return None
         kind = head.content_type or b"application/json"
-        return first_entry(self._answer, kind, self.call.node), b"".join(self._collected)
+        return first_entry(self._answer, kind, self.call.node), self._collected.body
 
     def wanted_until(self, deadline_s: float | None) -> None:
         """Other balancers want it until then, or no longer."""
@@ -436,40 +436,21 @@ class Flight:
 
     # -- for the cache
 
-    def _collect(self, data: bytes) -> None:
-        assert self._collected is not None
-        size = len(data)
-        if self._collected_bytes + size > self._cache.max_entry_bytes:
-            self.drop()
-            return
-        if not self._collected_bytes:
-            self._buffered.collections[self] = None
-        self._collected.append(data)
-        self._collected_bytes += size
-        self._buffered.bytes += size
-        if self._buffered.bytes > self._buffered.limit:
-            self._buffered.relieve()
-
-    def drop(self) -> None:
-        """Let go of what was collected for the cache (`wire.buffered.Droppable`)."""
-        self._collected = None
-        if self._collected_bytes:
-            self._buffered.collections.pop(self, None)
-            self._buffered.bytes -= self._collected_bytes
-            self._collected_bytes = 0
-
-    def _store(self, answer: Answer, body: bytes, withheld: list[bytes], took_s: float) -> None:
-        if self._collected is None or answer.head is None or answer.head.status != 200:
+    def _store(self, attempt: Attempt, body: bytes, withheld: list[bytes], pace: bytes, took_s: float) -> None:
+        answer = attempt.answer
+        if not self._collected.is_open or answer.head is None or answer.head.status != 200:
             return
         if answer.is_stream and not all_parse(body):
             return  # what passed by unread was no JSON
-        self._cache.store(
+        self.call.cache_reason = self._cache.store(
             self._plan,
             self.request,
             stream=answer.is_stream,
             kind=answer.head.content_type or b"application/json",
             body=_with_withheld(body, withheld) if answer.is_stream else body,
-            took_s=took_s,
+            # An engine works on a batch at once: without the sharing a batch of 50 would count for 50 nodes.
+            node_seconds=took_s / (1 + attempt.node.load.rif),
+            pace=pace,
         )
 
 
@@ -554,7 +535,7 @@ class Flights:
         there = self._flights.get(key)
         fresh = request.wishes.cache_mode is CacheMode.REFRESH
         if there is not None and there.may_be_joined(request) and not fresh:
-            self._cache.bound_hits(request.tenant.id, self._clock.now())
+            self._cache.bound_hits(request.tenant.id)
             await there.join(request, client).ride()
             return
         flight = self._flights[key] = self._new(request, plan, client)
@@ -612,7 +593,7 @@ class Flights:
         token = board.new_token()
         holder = await self._claim(flight, name, token, STORE_S - call.store_s)
         if holder:
-            self._cache.bound_hits(flight.request.tenant.id, self._clock.now())
+            self._cache.bound_hits(flight.request.tenant.id)
             flight.share()
             result, call.cache = call.cache, "coalesced"
             for _ in range(FOLLOWED):

@@ -187,7 +187,25 @@ class Metrics:
         self.shed = Counter("balancer_shed_total", "Requests refused early", ("reason",))
         self.cache_lookups = Counter("balancer_cache_lookups_total", "Requests by what the cache said", ("result",))
         self.cache_seconds = Histogram("balancer_cache_seconds", "Time of cache calls", SHORT_SECONDS, ("op",))
+        self.cache_hits = Counter(
+            "balancer_cache_hits_total", "Answers served from the cache, by where from", ("level",)
+        )
+        self.cache_entries_refused = Counter(
+            "balancer_cache_entries_refused_total", "Entries of the shared store that were not taken", ("reason",)
+        )
+        self.cache_memory_bytes = Gauge("balancer_cache_memory_bytes", "Room that answers take in this process")
+        self.cache_memory_entries = Gauge("balancer_cache_memory_entries", "Answers kept in this process")
+        self.cache_memory_evictions = Counter(
+            "balancer_cache_memory_evictions_total", "Answers that left this process for want of room"
+        )
         self.store_errors = Counter("balancer_store_errors_total", "Store calls that failed or were given up", ("op",))
+        self.redis_used = Gauge("balancer_redis_memory_used_bytes", "Memory that a Redis uses", ("server",))
+        self.redis_peak = Gauge("balancer_redis_memory_peak_bytes", "The most it ever used", ("server",))
+        self.redis_max = Gauge("balancer_redis_memory_max_bytes", "Its maxmemory; 0: no limit", ("server",))
+        self.redis_policy = Gauge(
+            "balancer_redis_eviction_policy", "1 for what it does when full", ("server", "policy")
+        )
+        self.redis_evicted = Counter("balancer_redis_evicted_keys_total", "Keys that a Redis dropped", ("server",))
         self.limits_unchecked = Counter(
             "balancer_limits_unchecked_total", "Rate limit checks made in this process because the store was away"
         )
@@ -197,7 +215,7 @@ class Metrics:
         self.peers = Gauge("balancer_peers", "Other balancers that share what they sent where")
         self.peer_age = Gauge("balancer_peer_age_seconds", "Since the longest silent of them said something")
         self.gpu_seconds_saved = Counter(
-            "balancer_gpu_seconds_saved_total", "Time that nodes did not spend on answers served from the cache"
+            "balancer_gpu_seconds_saved_total", "Node time not spent, by answers served from the cache"
         )
         self.calls_saved = Counter(
             "balancer_calls_saved_total", "Upstream calls not made because an equal one was in flight", ("where",)

@@ -54,13 +54,18 @@ class Passenger:
         self.is_behind = client.follow(self, self._left)
 
     async def ride(self) -> None:
-        """Until the answer is complete, whichever way. Cancelled when the client leaves."""
+        """Until the answer is complete, whichever way. Cancelled when the client leaves.
+
+        Raises BalancerError while nothing is out.
+        """
         try:
             async with asyncio.timeout(self.deadline_s - self._clock.now()):
                 await self._done
         except TimeoutError:
             self._flight.leave(self)
-            self.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
+            self._is_served = True
+            self.client.unfollow()
+            self.client.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
         except asyncio.CancelledError:
             self._flight.leave(self)
             raise
@@ -69,6 +74,8 @@ class Passenger:
         """`ride` for the client that began the flight, in a task of its own."""
         try:
             await self.ride()
+        except BalancerError as error:
+            self.client.fail(error)
         except asyncio.CancelledError:
             self.client.cut_short()
             raise
@@ -110,15 +117,23 @@ class Passenger:
 
     def fail(self, error: BalancerError) -> None:
         """A bad end; nothing for one that is served already."""
-        if not self._is_served:
+        if self._is_served:
+            return
+        if self.client.begun:
             self.client.fail(error)
             self._end()
+        else:
+            self._end(error)
 
-    def _end(self) -> None:
+    def _end(self, error: BalancerError | None = None) -> None:
         self._is_served = True
         self.client.unfollow()
-        if not self._done.done():
+        if self._done.done():
+            return
+        if error is None:
             self._done.set_result(None)
+        else:
+            self._done.set_exception(error)
 
     # -- what the client's connection says
 

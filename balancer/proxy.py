@@ -10,7 +10,7 @@ from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.core.request import CacheMode, InferenceRequest
 from balancer.embeddings import Embedder
-from balancer.errors import BalancerError, CacheMiss
+from balancer.errors import BalancerError, CacheMiss, NoEligibleNode, UpstreamFailed
 from balancer.explain import Call, Ring
 from balancer.flight import Flights
 from balancer.log import EventWriter
@@ -48,11 +48,11 @@ class Proxy:
         client = self._client(inbound, request, call)
         plan = self.plan(request)
         call.cache_reason = plan.reason
-        if plan.read and self._cache.is_local:
-            if self._replayed(self._cache.lookup_local(plan, request), client):
-                return None
-            plan.read = False
-        return self.handle(request, plan, client)
+        hit = self._local_hit(plan, request, client)
+        if hit is None:
+            return self.handle(request, plan, client)
+        replay = client.replay(hit)
+        return replay if replay is None else _to_its_end(replay, client)
 
     def plan(self, request: InferenceRequest) -> Plan:
         """What the cache will do for a request; hashes its body."""
@@ -61,7 +61,22 @@ class Proxy:
     async def serve(self, request: InferenceRequest, plan: Plan, inbound: InboundRequest, call: Call) -> None:
         """`begin`, where the plan is made already."""
         call.cache_reason = plan.reason
-        await self.handle(request, plan, self._client(inbound, request, call))
+        client = self._client(inbound, request, call)
+        hit = self._local_hit(plan, request, client)
+        if hit is None:
+            await self.handle(request, plan, client)
+        elif (replay := client.replay(hit)) is not None:
+            await _to_its_end(replay, client)
+
+    def _local_hit(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> Hit | None:
+        """What this process's memory holds; the verdict is noted."""
+        hit = self._cache.lookup_local(plan, request)
+        if hit is not None:
+            client.call.cache = hit.verdict
+        elif plan.read:
+            client.call.cache = "miss"
+            plan.read = self._cache.is_shared  # `handle` has to look there
+        return hit
 
     def _client(self, inbound: InboundRequest, request: InferenceRequest, call: Call) -> ClientStream:
         return ClientStream(inbound, request, call, self._clock, self._date)
@@ -71,16 +86,21 @@ class Proxy:
         if self.comment_after_s is not None:
             client.comment_every(self.comment_after_s)
         try:
-            if plan.read and await self._looked_up(plan, request, client):
-                return
+            if plan.read and (hit := await self._looked_up(plan, request, client)) is not None:
+                return await self._replay(hit, client)
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
                 self._verdicts.check(request)
             is_embeddings = request.endpoint.name == "embeddings" and self._embedder.covers(request, plan)
             if is_embeddings and await self._embedder.serve(request, plan, client):
-                return
+                return None
             await self._flights.fly(request, plan, client)
+        except (NoEligibleNode, UpstreamFailed) as error:
+            stale = None if client.begun else self._cache.stale(plan, request)
+            if stale is None:
+                return client.fail(error)
+            await _to_its_end(self._replay(stale, client), client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
@@ -89,19 +109,26 @@ class Proxy:
         finally:
             client.stop_comments()
 
-    async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> bool:
+    async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> Hit | None:
         begun_s = self._clock.now()
         hit = await self._cache.lookup(plan, request)
         client.call.store_s = self._clock.now() - begun_s
-        return self._replayed(hit, client)
+        return hit
 
     @staticmethod
-    def _replayed(hit: Hit | None, client: ClientStream) -> bool:
-        """Deliver a hit, or note the miss."""
-        client.call.cache = "miss" if hit is None else "hit"
-        if hit is not None:
-            client.replay(hit)
-        return hit is not None
+    async def _replay(hit: Hit, client: ClientStream) -> None:
+        client.call.cache = hit.verdict
+        client.call.node = ""
+        if (replay := client.replay(hit)) is not None:
+            await replay
+
+
+async def _to_its_end(replay: Coroutine[Any, Any, None], client: ClientStream) -> None:
+    try:
+        await replay
+    except asyncio.CancelledError:
+        client.cut_short()
+        raise
 
 
 class _Series:

@@ -11,6 +11,7 @@ import orjson
 from balancer.cache import Hit
 from balancer.clock import Clock
 from balancer.core.outcome import Outcome
+from balancer.core.pace import schedule
 from balancer.core.request import Dialect, InferenceRequest
 from balancer.errors import BadAnswer, BalancerError, ClientError, Draining
 from balancer.explain import Call
@@ -48,6 +49,28 @@ class Delivered(Flow, Protocol):
     def good(self) -> bool: ...
 
 
+# Only whole events are sent: what cuts a replay short may have to say so in one of its own.
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+class _Throttle:
+    """Stops a replay while its client does not read (`wire.inbound.Flow`)."""
+
+    __slots__ = ("going",)
+
+    def __init__(self) -> None:
+        self.going = asyncio.Event()
+        self.going.set()
+
+    def pause(self) -> None:
+        """The client reads too slowly."""
+        self.going.clear()
+
+    def resume(self) -> None:
+        """It has caught up."""
+        self.going.set()
+
+
 class ClientStream:
     """One client's view of a flight: subscribes to an answer, and is told how it ended."""
 
@@ -71,6 +94,11 @@ class ClientStream:
     def gone(self) -> bool:
         """Whether the client has left."""
         return self._inbound.left
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head of an answer is out."""
+        return self._inbound.responded
 
     def beside(self, kind: type[_C]) -> _C:
         """Another kind of client for the same request and record."""
@@ -172,18 +200,45 @@ class ClientStream:
         if not self.gone:
             self.fail(Draining("this balancer was shut down before the answer was complete"))
 
-    def replay(self, hit: Hit) -> None:
-        """A stored answer."""
+    def replay(self, hit: Hit) -> Coroutine[Any, Any, None] | None:
+        """Deliver a stored answer at once (None), or return what is left to do where it is sent as it once came."""
         self.stop_comments()
-        self.call.status = 200
-        if self._begun:
-            self.write(hit.body)
-            self.end()
-            return
+        self.call.status = hit.status
+        if self._begun:  # comments came first
+            self.call.status = 200
+            if hit.status == 200 and hit.stream:
+                self.write(hit.body)
+                self.end()
+            else:
+                self.fail(ClientError(_message(hit.body) or f"the node answered {hit.status}", status=hit.status))
+            return None
         lines = b"content-type: %b\r\nage: %d\r\n" % (hit.content_type, int(hit.age_s))
         if hit.stream:
             lines += b"cache-control: no-cache\r\n"
-        self._inbound.send(self._head(200, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
+        if hit.pace:
+            return self._replay_paced(hit, lines)
+        self._inbound.send(self._head(hit.status, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
+        return None
+
+    async def _replay_paced(self, hit: Hit, lines: bytes) -> None:
+        """Send a stored stream in its own time; a client that reads slowly is waited for, one that leaves ends it."""
+        size = len(hit.body)
+        steps = [
+            step for step in schedule(hit.pace, size) if step[1] == size or hit.body.endswith(_EVENT_ENDS, 0, step[1])
+        ]
+        flow = self._inbound.flow = _Throttle()
+        begun_s, sent = self._clock.now(), steps[0][1]
+        self._sse = self._begun = True
+        head = self._head(hit.status, lines, b"transfer-encoding: chunked\r\n")
+        self._inbound.begin_and_chunk(head, hit.body[:sent])
+        for at_s, end in steps[1:]:
+            wait_s = begun_s + at_s - self._clock.now()
+            if wait_s > 0:
+                await self._clock.sleep(wait_s)
+            await flow.going.wait()
+            self.write(hit.body[sent:end])
+            sent = end
+        self.end()
 
     # -- comments to a stream that waits
 

@@ -24,7 +24,7 @@ from balancer.core.selection import RoutingPolicy
 
 PREFIX = "BALANCER_"
 # Settings whose value may come from a file instead: `name_file: PATH`.
-SECRETS = frozenset({"url", "api_key", "sha256", "admin_key_sha256", "agent_token_sha256"})
+SECRETS = frozenset({"url", "api_key", "sha256", "admin_key_sha256", "agent_token_sha256", "sign_key", "warmup_key"})
 
 Seconds = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -138,7 +138,11 @@ class CacheConfig:
 
     enabled: bool = True
     ttl_s: Seconds = 3600.0
+    ttl_by_endpoint: Mapping[str, Seconds] = field(default_factory=dict)  # by the endpoint's short name
+    ttl_by_tenant: Mapping[str, Seconds] = field(default_factory=dict)
+    ttl_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.1
     memory_bytes: Annotated[int, Field(ge=0)] = 268435456
+    memory_ttl_s: Seconds = 60.0  # of copies of what stands in Redis
     max_entry_bytes: Annotated[int, Field(ge=1024)] = 1048576
     cacheable: Literal["deterministic", "all"] = "deterministic"
     shared_between_tenants: bool = False
@@ -146,6 +150,15 @@ class CacheConfig:
     stale_if_error_s: Annotated[float, Field(ge=0)] = 0.0
     coalesce: CoalesceConfig = CoalesceConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    negative_ttl_s: Annotated[float, Field(ge=0)] = 10.0
+    tools: bool = False
+    replay: Literal["at_once", "recorded"] = "at_once"
+    compress_bytes: Annotated[int, Field(ge=0)] = 8192
+    sign_key: Annotated[str, Field(min_length=16)] | None = None
+    keep_requests: bool = False
+    warmup_file: str | None = None
+    warmup_key: str | None = None
+    warmup_concurrency: Annotated[int, Field(ge=1, le=1000)] = 5
     semantic: SemanticConfig = SemanticConfig()
 
 
@@ -289,7 +302,6 @@ class Settings(BaseSettings):
     def _not_built(self) -> list[tuple[str, bool]]:
         return [
             ("cache.semantic.enabled", self.cache.semantic.enabled),
-            ("cache.stale_if_error_s", self.cache.stale_if_error_s > 0),
             ("models.semantic", any(model.semantic for model in self.models)),
             ("models.fallbacks", any(model.fallbacks for model in self.models)),
         ]

@@ -55,7 +55,7 @@ class Sharing:
         return f"<Sharing {self._peers!r} {self._channel!r}>"
 
     async def start(self) -> None:
-        """Begin; the channel connects with the first figures there are to share."""
+        """Begin."""
         self._periodic.start()
 
     async def close(self) -> None:
@@ -63,7 +63,6 @@ class Sharing:
         await self._periodic.close()
         if self._channel.connected:
             self._channel.publish(TOPIC, encode(Said(leaving=True)))
-        await self._channel.close()
 
     def _share(self, _: str) -> None:
         """One period."""
@@ -71,7 +70,6 @@ class Sharing:
         placed = routing.take_placements()
         if placed is None:
             return
-        self._channel.start()
         self._follow_fleet()
         figures = {}
         for key, node in self._nodes.items():

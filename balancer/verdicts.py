@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 from balancer.clock import Clock
@@ -23,6 +24,8 @@ from balancer.store import Store
 # Larger bodies are not remembered once they are let go of: hashing a megabyte takes a millisecond.
 MARKED_BYTES = 1024 * 1024
 _TIMEOUTS = frozenset({Outcome.FIRST_BYTE_TIMEOUT, Outcome.UNARY_TIMEOUT, Outcome.IDLE_TIMEOUT})
+# What another balancer says is believed for so long at most.
+MOST_VERDICT_S = 3600.0
 # What stands in the store: that there is a verdict. All else is in the name.
 _VERDICT = b"1"
 
@@ -40,6 +43,7 @@ class Verdicts:
         self._ledger = Ledger(verdict_s)
         self._quarantine = Quarantine()
         self._released = asyncio.Event()
+        self.on_condemned: Callable[[str, float], None] | None = None  # to be told to other balancers
 
     def configure(self, verdict_s: float) -> None:
         """New settings, for verdicts from now on."""
@@ -60,13 +64,19 @@ class Verdicts:
         """Refuse what an equal request was condemned for. Raises BadAnswer."""
         now = self._clock.now()
         mark = self._mark(request)
-        for_s = self._ledger.verdict_for_s(mark, now)
-        if for_s > 0.0:
-            self._metrics.poison_refused.inc()
-            raise BadAnswer(f"no node could answer an equal request; it is not tried again for {for_s:.0f} s")
+        if self._ledger.verdict_for_s(mark, now) > 0.0:
+            raise self._refused()
         present = self._ledger.present(mark, now)
         if present:
             request.account = Account(present)
+
+    def _refused(self) -> BadAnswer:
+        self._metrics.poison_refused.inc()
+        return BadAnswer("no node could answer an equal request; it is not tried again for a while")
+
+    def heard(self, mark: str, for_s: float) -> None:
+        """Another balancer condemned it."""
+        self._ledger.condemn(mark, self._clock.now(), min(for_s, MOST_VERDICT_S))
 
     def remember(self, request: InferenceRequest) -> None:
         """The body is about to be let go of: keep its fingerprint."""
@@ -76,18 +86,33 @@ class Verdicts:
     # -- where a suspect may go
 
     async def turn(self, request: InferenceRequest) -> None:
-        """Wait until a node that is left for this suspect holds no other; returns at once for any other request."""
+        """Wait until a node that is left for this suspect holds no other; returns at once for any other request.
+
+        Raises BadAnswer where another balancer has condemned an equal one.
+        """
         account, quarantine = request.account, self._quarantine
         if account is None or not account.is_suspect:
             return
         quarantine.waiting += 1
         try:
             await self._clock.sleep(max(0.0, account.settled_s - self._clock.now()))
+            if await self._is_condemned_elsewhere(request):
+                raise self._refused()
             while (wait_s := self._wait_s(request)) > 0.0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._released.wait(), wait_s)
         finally:
             quarantine.waiting -= 1
+
+    async def _is_condemned_elsewhere(self, request: InferenceRequest) -> bool:
+        """Whether the store has a verdict that this balancer has not heard of."""
+        if not (request.mark or request.body):
+            return False
+        mark = self._mark(request)
+        if await self._store.get(verdict_name(request.tenant.id, mark)) is None:
+            return False
+        self._ledger.condemn(mark, self._clock.now())
+        return True
 
     def _wait_s(self, request: InferenceRequest) -> float:
         now = self._clock.now()
@@ -192,6 +217,8 @@ class Verdicts:
         self._ledger.condemn(mark, now)
         self._store.put(verdict_name(request.tenant.id, mark), _VERDICT, self._ledger.keep_s)
         self._metrics.poison_verdicts.inc()
+        if self.on_condemned is not None:
+            self.on_condemned(mark, self._ledger.keep_s)
         log.warning(
             "request.condemned",
             request_id=request.id,

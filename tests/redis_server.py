@@ -27,6 +27,8 @@ PORTS = range(20000, 32000)
 class RedisServer:
     """A server without persistence on a port of 127.0.0.1; `words` are further options, as on its command line."""
 
+    ready_line = "eady to accept connections"
+
     def __init__(self, *words: str) -> None:
         self._words = words
         self._process: subprocess.Popen[str] | None = None
@@ -83,13 +85,16 @@ class RedisServer:
         """A patient client that does not go through the code under test."""
         return redis.Redis(port=self.port, socket_timeout=START_WITHIN_S)
 
+    def _command(self, port: int) -> list[str]:
+        words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        return [*words, "--dir", str(self._folder), "--unixsocket", self.unix_path, *self._words]
+
     def _running(self) -> subprocess.Popen[str]:
         assert self._process is not None, "it does not run"
         return self._process
 
     def _started(self, port: int) -> bool:
-        words = [program() or "redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-        words += ["--appendonly", "no", "--dir", str(self._folder), "--unixsocket", self.unix_path, *self._words]
+        words = [program() or "redis-server", *self._command(port)]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         ready, ended = threading.Event(), threading.Event()
 
@@ -97,7 +102,7 @@ class RedisServer:
             assert process.stdout is not None
             with process.stdout:
                 for line in process.stdout:  # to the end, or it would stop at a full pipe
-                    if "eady to accept connections" in line:
+                    if self.ready_line in line:
                         ready.set()
             ended.set()
             ready.set()
@@ -109,6 +114,28 @@ class RedisServer:
             return False
         self._process = process
         return True
+
+
+class Sentinel(RedisServer):
+    """A Sentinel that alone decides about the master of `service`."""
+
+    ready_line = "Sentinel ID is"
+
+    def __init__(self, service: str, master: RedisServer) -> None:
+        super().__init__()
+        self._service = service
+        self._master = master
+
+    def _command(self, port: int) -> list[str]:
+        about = f"sentinel %s {self._service} %s\n"
+        file = self._folder / "sentinel.conf"
+        file.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {self._folder}\n"
+            + about % ("monitor", f"127.0.0.1 {self._master.port} 1")
+            + about % ("down-after-milliseconds", "500")
+            + about % ("failover-timeout", "3000")
+        )
+        return [str(file), "--sentinel"]
 
 
 def program() -> str | None:

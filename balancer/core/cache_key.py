@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import orjson
 
@@ -293,6 +293,25 @@ def answer_pattern(tenant: str | None, model: str | None, digest: str | None) ->
         f"{VERSION}:cache:{scope}:{'*' if model is None else encoded(model)}"
         f":{{{'*' if digest is None else encoded(digest)}}}"
     )
+
+
+def answer_matcher(tenant: str | None, model: str | None, digest: str | None) -> Callable[[str], bool]:
+    """`answer_pattern` as a function; only names of stored answers match."""
+    wanted = [(at, encoded(part)) for at, part in ((3, tenant), (4, model)) if part is not None]
+    if digest is not None:
+        wanted.append((5, f"{{{encoded(digest)}}}"))
+
+    def matches(name: str) -> bool:
+        parts = name.split(":")
+        return len(parts) == 6 and parts[2] == "cache" and all(parts[at] == part for at, part in wanted)
+
+    return matches
+
+
+def answer_parts(name: str) -> tuple[str, str, str]:
+    """Tenant (or `shared`), model and digest of a stored answer's name."""
+    tenant, model, digest = name.split(":")[3:6]
+    return unquote(tenant), unquote(model), digest[1:-1]
 
 
 def encoded(text: str) -> str:

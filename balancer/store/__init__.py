@@ -44,8 +44,13 @@ class Store(Protocol):
     def charge(self, key: str, *, rate_per_s: float, burst: float, cost: float) -> None:
         """Take `cost` tokens whether they are there or not (or give back a negative cost). Returns at once."""
 
-    async def delete(self, *, tenant: str | None, model: str | None, digest: str | None) -> int:
-        """Remove cached answers that match all that is given; how many went. With nothing given: every answer."""
+    async def delete(
+        self, *, tenant: str | None, model: str | None, digest: str | None, before_wall_s: float | None = None
+    ) -> int:
+        """Remove cached answers that match all that is given; how many went. With nothing given: every answer.
+
+        `before_wall_s` spares what was stored later; what is no entry goes with the old.
+        """
 
     def state(self) -> str:
         """`ready`, or `unreachable` while its breaker is open."""

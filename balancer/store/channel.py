@@ -15,13 +15,12 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, cast
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from balancer.clock import Clock
 from balancer.log import get_logger
+from balancer.store.address import parse
 
 # Redis channels are named PREFIX + topic. They belong to a server, not to one of its databases.
 PREFIX = "balancer:v1:"
@@ -52,16 +51,7 @@ log = get_logger()
 
 def client_of(url: str) -> Redis:
     """A redis-py client for one channel: one connection that hears and one that says, no retries of its own."""
-    return Redis(
-        connection_pool=BlockingConnectionPool.from_url(
-            url,
-            max_connections=2,
-            timeout=LIMIT_S,
-            socket_timeout=LIMIT_S,
-            socket_connect_timeout=LIMIT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-    )
+    return parse(url).client(LIMIT_S, connections=2)
 
 
 class Channel:

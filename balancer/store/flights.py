@@ -12,12 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from importlib.resources import files
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from balancer.clock import Clock
+from balancer.store.address import Address, Sentinels
 from balancer.store.entries import BEGIN, DATA, END, RENEW_S, Entry, Source
 from balancer.store.link import Reply, pack
 from balancer.store.redis import RedisStore
@@ -44,20 +42,11 @@ READ_COUNT = 16
 class Board:
     """Where flights are claimed and found."""
 
-    def __init__(self, store: RedisStore, url: str, clock: Clock) -> None:
+    def __init__(self, store: RedisStore, address: Address | Sentinels, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._script = files("balancer.store").joinpath("scripts/flight.lua").read_text()
-        self._reader = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                url,
-                max_connections=READERS,
-                timeout=POOL_S,
-                socket_timeout=BLOCK_S + LATE_S,
-                socket_connect_timeout=LATE_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        )
+        self._reader = address.client(BLOCK_S + LATE_S, connect_s=LATE_S, connections=READERS, wait_s=POOL_S)
 
     @staticmethod
     def new_token() -> str:

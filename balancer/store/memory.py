@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from balancer.clock import Clock
-from balancer.core.cache_key import VERSION, encoded
+from balancer.core.cache_entry import is_older
+from balancer.core.cache_key import answer_matcher
 from balancer.core.token_bucket import TokenBucket
 from balancer.store import MAX_TTL_S, Taken
 
@@ -86,10 +87,12 @@ class MemoryStore:
         self._bucket(key, rate_per_s, burst, now).charge(cost, now)
         self._sweep(now)
 
-    async def delete(self, *, tenant: str | None, model: str | None, digest: str | None) -> int:
+    async def delete(
+        self, *, tenant: str | None, model: str | None, digest: str | None, before_wall_s: float | None = None
+    ) -> int:
         """Remove the answers that match all that is given; how many went."""
-        wanted = [part if part is None else encoded(part) for part in (tenant, model, digest)]
-        going = [key for key in self._entries if _matches(key, wanted)]
+        matches = answer_matcher(tenant, model, digest)
+        going = [key for key, (value, _) in self._entries.items() if matches(key) and is_older(value, before_wall_s)]
         for key in going:
             self._drop(key)
         return len(going)
@@ -129,10 +132,3 @@ class MemoryStore:
 
 def _size(key: str, value: bytes) -> int:
     return len(key) + len(value) + ENTRY_OVERHEAD_BYTES
-
-
-def _matches(key: str, wanted: list[str | None]) -> bool:
-    if not key.startswith(f"{VERSION}:cache:"):
-        return False
-    tenant, model, digest = key.split(":")[3:6]
-    return all(part is None or part == found for part, found in zip(wanted, (tenant, model, digest[1:-1]), strict=True))

@@ -11,20 +11,21 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from typing import Any
 
 from hiredis import ReplyError
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from balancer.clock import Clock
+from balancer.core.cache_entry import LINE_BYTES, is_older
 from balancer.core.cache_key import answer_pattern
 from balancer.log import get_logger
 from balancer.store import MAX_TTL_S, Taken
-from balancer.store.address import parse
+from balancer.store.address import Address, Cluster, Sentinels, parse
 from balancer.store.link import Link, Reply, pack
 
 # Failures in a row that open the breaker: a call that was too late, a connection lost or not made.
@@ -46,6 +47,8 @@ SCAN_TIMEOUT_S = 1.0
 
 # Error replies that say that this connection, or this server, is no use now; any other is about one key or one call.
 USELESS = frozenset({"LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "READONLY", "NOAUTH"})
+# Error replies that say that another server of a Cluster has the key now.
+ELSEWHERE = frozenset({"MOVED", "ASK"})
 
 log = get_logger()
 
@@ -54,26 +57,44 @@ class Unusable(ConnectionError):
     """It answered, and said that it is of no use to us."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What one server says of itself."""
+
+    server: str  # host:port
+    used_bytes: int
+    peak_bytes: int
+    max_bytes: int  # 0: no limit
+    policy: str  # what it does when it is full
+    evicted: int  # keys, since it started
+
+
 class RedisStore:
-    """One Redis (6 or newer, or Valkey) behind the Store protocol.
+    """One Redis (6 or newer, or Valkey) behind the Store protocol: a server, or the master that Sentinels name.
 
     `on_error` is told of each call that failed: `get`, `take`, `put`, `charge`, `delete`, `claim` or `publish`; calls
     refused because the breaker is open count only where something is lost, a write. `on_change` is told the new state
-    on its edges.
+    on its edges. `on_moved` makes it one server of a Cluster, and is told when a key was not there but elsewhere.
     """
 
     def __init__(
         self,
-        url: str,
+        where: str | Address | Sentinels | Cluster,
         *,
         timeout_s: float,
         clock: Clock,
         on_error: Callable[[str], None],
         on_change: Callable[[str], None] | None = None,
+        on_moved: Callable[[], None] | None = None,
         max_value_bytes: int = 8 * 1024 * 1024,
         probe_s: float = PROBE_S,
     ) -> None:
-        self._address = parse(url)
+        found = parse(where) if isinstance(where, str) else where
+        if isinstance(found, Cluster):
+            raise ValueError("a Cluster is more than one server: store.cluster")
+        self._address = found
+        self._server = found if isinstance(found, Address) else None  # connected to last
+        self._on_moved = on_moved
         self._timeout_s = timeout_s
         self._clock = clock
         self._on_error = on_error
@@ -90,17 +111,6 @@ class RedisStore:
         self._broken = asyncio.Event()
         self._settled = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
-        # For what is not in the way of requests, redis-py.
-        self._scanner = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                url,
-                max_connections=1,
-                timeout=SCAN_TIMEOUT_S,
-                socket_timeout=SCAN_TIMEOUT_S,
-                socket_connect_timeout=SCAN_TIMEOUT_S,
-                retry=Retry(NoBackoff(), 0),
-            )
-        )
 
     def __repr__(self) -> str:
         return f"<RedisStore {self._address} {self.state()} failures={self._failures}>"
@@ -156,25 +166,54 @@ class RedisStore:
         else:
             self._on_error("charge")
 
-    async def delete(self, *, tenant: str | None, model: str | None, digest: str | None) -> int:
+    async def delete(
+        self, *, tenant: str | None, model: str | None, digest: str | None, before_wall_s: float | None = None
+    ) -> int:
         """Remove cached answers that match all that is given, in steps; how many went before it ended or failed."""
         gone = 0
-        if self._writes is None:
+        if self._writes is None or self._server is None:
             self._on_error("delete")
             return gone
         await self.written()  # or they would come back
+        scanner = self._server.client(SCAN_TIMEOUT_S)  # for what is not in the way of requests, redis-py
         try:
             cursor, pattern = 0, answer_pattern(tenant, model, digest)
             while True:
-                cursor, keys = await self._scanner.scan(cursor, match=pattern, count=SCAN_COUNT)
+                keys: list[Any]
+                cursor, keys = await scanner.scan(cursor, match=pattern, count=SCAN_COUNT)
+                if keys and before_wall_s is not None:
+                    keys = await _older(scanner, keys, before_wall_s)
                 if keys:
-                    gone += await self._scanner.unlink(*keys)
+                    gone += await _unlink(scanner, keys)
                 if not cursor:
                     return gone
         except (RedisError, OSError) as error:
             log.warning("store.delete_failed", address=str(self._address), reason=_reason(error), deleted=gone)
             self._on_error("delete")
             return gone
+        finally:
+            await scanner.aclose()
+
+    async def facts(self) -> list[Facts]:
+        """How the server is doing, by itself; nothing while it is away."""
+        link, server = self._writes, self._server
+        if link is None or server is None:
+            return []
+        memory, stats = await asyncio.gather(*(link.ask(pack((b"INFO", part))) for part in (b"memory", b"stats")))
+        found = {**_fields(memory), **_fields(stats)}
+        try:
+            return [
+                Facts(
+                    server=server.server,
+                    used_bytes=int(found["used_memory"]),
+                    peak_bytes=int(found["used_memory_peak"]),
+                    max_bytes=int(found["maxmemory"]),
+                    policy=found["maxmemory_policy"],
+                    evicted=int(found["evicted_keys"]),
+                )
+            ]
+        except (KeyError, ValueError):
+            return []  # users may not be let
 
     async def ask(self, op: str, command: bytes, within_s: float) -> Reply:
         """The reply to a packed command that somebody waits for; None: away, refused, or not in time."""
@@ -229,7 +268,6 @@ class RedisStore:
             await asyncio.gather(self._keeper, return_exceptions=True)
             self._keeper = None
         self._drop_links("closed")
-        await self._scanner.aclose()
 
     # -- commands
 
@@ -270,7 +308,9 @@ class RedisStore:
         """Count a call that brought nothing; an error reply may mean that the whole connection is no use."""
         self._on_error(op)
         code = _code(reply)
-        if code in USELESS and self._clock.now() >= self._next_drop_s:
+        if self._on_moved is not None and code in ELSEWHERE:
+            self._on_moved()
+        elif code in USELESS and self._clock.now() >= self._next_drop_s:
             self._next_drop_s = self._clock.now() + self._least_probe_s  # a new one may be no better
             link.end(code)
 
@@ -304,18 +344,19 @@ class RedisStore:
         """A connection that has greeted within the time limit of a call; raises OSError."""
         link = Link(timeout_s=timeout_s, clock=self._clock, on_end=self._ended)
         try:
+            server = await self._address.resolve()
             async with asyncio.timeout(max(CONNECT_S, self._timeout_s)):
-                await self._address.connect(link)
-                await self._greet(link)
+                await server.connect(link)
+                await self._greet(link, server)
         except BaseException:
             link.end("not greeted")
             raise
         if link.ended:
             raise Unusable("lost")
+        self._server = server
         return link
 
-    async def _greet(self, link: Link) -> None:
-        address = self._address
+    async def _greet(self, link: Link, address: Address) -> None:
         asked = []
         if address.password is not None:
             names = (address.username,) if address.username is not None else ()
@@ -337,7 +378,7 @@ class RedisStore:
             about = dict(zip(facts[::2], facts[1::2], strict=False))
             if about.get(b"role") in (b"replica", b"slave"):
                 raise Unusable("replica")
-            if about.get(b"mode") == b"cluster":
+            if about.get(b"mode") == b"cluster" and self._on_moved is None:
                 raise Unusable("cluster")
         if "compil" in str(await load) and self._script.startswith("#!"):
             self._use_script(self._script.partition("\n")[2])  # Redis 6 does not know the first line
@@ -397,6 +438,33 @@ class RedisStore:
 def _code(reply: Reply) -> str:
     """The first word of an error reply: its kind. Empty for any other."""
     return str(reply).partition(" ")[0] if isinstance(reply, ReplyError) else ""
+
+
+def _fields(reply: Reply) -> dict[str, str]:
+    """The `name:value` lines of an INFO."""
+    lines = reply.decode("utf-8", "replace").splitlines() if isinstance(reply, bytes) else []
+    return {name: value for name, _, value in (line.partition(":") for line in lines)}
+
+
+async def _older(scanner: Redis, keys: list[Any], before_wall_s: float) -> list[Any]:
+    """Those whose answers were stored before then."""
+    pipeline = scanner.pipeline(transaction=False)
+    for key in keys:
+        pipeline.getrange(key, 0, LINE_BYTES - 1)
+    beginnings = await pipeline.execute(raise_on_error=False)
+    return [
+        key
+        for key, beginning in zip(keys, beginnings, strict=True)
+        if not isinstance(beginning, bytes) or is_older(beginning, before_wall_s)
+    ]
+
+
+async def _unlink(scanner: Redis, keys: list[Any]) -> int:
+    """Remove keys one by one, as a Cluster wants it, in one round trip; how many were there."""
+    pipeline = scanner.pipeline(transaction=False)
+    for key in keys:
+        pipeline.unlink(key)
+    return sum(await pipeline.execute())
 
 
 def _reason(error: Exception) -> str:

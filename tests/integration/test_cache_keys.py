@@ -164,7 +164,7 @@ ALL_FAULTS = [
 @pytest.mark.parametrize(("fault", "fields"), ALL_FAULTS, ids=[f"{f.kind}{f.status}" for f, _ in ALL_FAULTS])
 async def test_a_bad_answer_is_never_stored(serve: Serve, fault: Fault, fields: dict[str, Any]) -> None:
     async with FakeNode(ttft_s_per_token=0.0, itl_s=0.001) as node:  # event by event
-        balancer = await serve(node)
+        balancer = await serve(node, cache={"negative_ttl_s": 0})
         node.faults.add(fault)
         bad = await ask(balancer, chat(**fields))
         assert bad.cache == "miss"
@@ -198,5 +198,5 @@ async def test_memory_is_bounded_and_the_oldest_goes_first(node: FakeNode, serve
     balancer = await serve(node, cache={"memory_bytes": 20_000})
     requests = [(chat(str(number)),) for number in range(30)]
     await caches(balancer, *requests)
-    assert 0 < balancer.app.memory.size_bytes <= 20_000
+    assert 0 < balancer.app.cache.local.size_bytes <= 20_000
     assert await caches(balancer, requests[-1], requests[0]) == ["hit", "miss"]

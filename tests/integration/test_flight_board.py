@@ -9,6 +9,7 @@ import pytest
 
 from balancer.clock import SystemClock
 from balancer.core.cache_key import flight_name
+from balancer.store.address import Address, parse
 from balancer.store.entries import BAD, BEGIN, DATA, END, GOOD, Entry
 from balancer.store.flights import STREAM_BYTES, Board, Lease, stream_name
 from balancer.store.redis import RedisStore
@@ -48,9 +49,15 @@ async def store(redis_server: RedisServer) -> AsyncIterator[RedisStore]:
 
 @pytest.fixture
 async def board(store: RedisStore, redis_server: RedisServer) -> AsyncIterator[Board]:
-    board = Board(store, redis_server.url, SystemClock())
+    board = Board(store, address(redis_server.url), SystemClock())
     yield board
     await board.close()
+
+
+def address(url: str) -> Address:
+    where = parse(url)
+    assert isinstance(where, Address)
+    return where
 
 
 async def claim(board: Board, token: str, wanted_s: float = 60.0) -> str | None:

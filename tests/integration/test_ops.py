@@ -332,7 +332,7 @@ async def test_stored_answers_are_removed_by_what_is_named() -> None:
     async with running() as ops:
         assert await ops.data("GET", "/admin/cache") == {"hits": 3}
         assert await ops.data("DELETE", "/admin/cache?model=a%2Fb&tenant=acme") == {"deleted": 2}
-        assert ops.cache.deleted == [{"tenant": "acme", "model": "a/b", "key": None}]
+        assert ops.cache.deleted == [{"tenant": "acme", "model": "a/b", "key": None, "older_than_s": None}]
         for query, param in (("", None), ("?model=", None), ("?modle=m", "modle"), ("?key=1&key=2", "key")):
             assert await ops.error("DELETE", f"/admin/cache{query}") == (400, "invalid_request", param)
         assert len(ops.cache.deleted) == 1

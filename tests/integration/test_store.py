@@ -821,7 +821,17 @@ async def test_server_that_drops_every_connection_is_tried_once_a_probe() -> Non
 @pytest.mark.parametrize(
     "url",
     [
-        "redis+sentinel://h:26379/mymaster",
+        "redis+sentinel://h:26379",
+        "redis+sentinel://h:26379//1",
+        "redis+sentinel://h:26379/mymaster/one",
+        "redis+sentinel://h:99999/mymaster",
+        "redis+sentinel://u:s3cret@h:1:2/mymaster",
+        "redis+sentinel://h,,i/mymaster",
+        "redis+sentinel://h/mymaster?pasword=s3cret",
+        "redis+cluster://h/1",
+        "redis+cluster://",
+        "redis+cluster://h?sentinel_password=s3cret",
+        "unix+cluster:///run/r.sock",
         "redis-cluster://h",
         "http://h",
         "h:6379",
@@ -849,6 +859,11 @@ def test_address_that_is_none_is_refused_without_repeating_it(url: str) -> None:
 
 
 def test_text_of_an_address_names_neither_user_nor_password() -> None:
+    for url in ("redis+sentinel://u:s3cret@h/m?sentinel_password=s3cret", "rediss+cluster://u:s3cret@h,i"):
+        address = parse(url)
+        assert "s3cret" not in str(address) + repr(address)
+    assert str(parse("redis+sentinel://u:s3cret@h:1,[::1]/mymaster/2")) == "redis+sentinel://h:1,[::1]:26379/mymaster/2"
+    assert str(parse("rediss+cluster://u:s3cret@h:1,i")) == "rediss+cluster://h:1,i:6379"
     for url in ("redis://u:s3cret@h:1/2", "rediss://:s3cret@[::1]", "unix://u:s3cret@/run/r.sock?db=1", "redis://"):
         address = parse(url)
         assert "s3cret" not in str(address) + repr(address)

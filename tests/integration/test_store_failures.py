@@ -26,7 +26,8 @@ WITHIN_S = 20.0
 
 @asynccontextmanager
 async def with_store(url: str, **settings: Any) -> AsyncIterator[tuple[FakeNode, Balancer, Client]]:
-    """One healthy node behind a balancer whose store is at `url`."""
+    """One healthy node behind a balancer whose store is at `url`, with nothing in its own memory."""
+    settings["cache"] = {"memory_bytes": 0, **settings.get("cache", {})}
     redis = {"url": url, "timeout_s": PATIENT_S}
     async with (
         FakeNode(instant=True) as node,
