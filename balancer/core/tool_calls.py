@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 # Names and values as they stand in JSON, outside of its strings: in a string every quote is escaped.
-_MARKS = (b"tool_call", b"function_call", b"tool_use", b"mcp_call", b"computer_call")
 _CALLS = re.compile(
     rb'"tool_calls"\s*:\s*(?:\[\s*)?\{'  # chat; TGI's may be one object
     rb'|"function_call"\s*:\s*\{'
@@ -16,4 +15,5 @@ _CALLS = re.compile(
 
 def has_tool_calls(body: bytes) -> bool:
     """Whether a whole answer, unary or events, holds a call. Empty lists of calls are none."""
-    return any(mark in body for mark in _MARKS) and _CALLS.search(body) is not None
+    # Every call has one of these in its name; two looks cost a tenth of what the expression does.
+    return (b"_call" in body or b"tool_use" in body) and _CALLS.search(body) is not None
