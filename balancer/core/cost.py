@@ -51,7 +51,7 @@ class CostPolicy:
     # Each second of a first token's wait beyond so many counts so much more. Prefix hits and undisturbed streams are
     # worth waiting for, but not in the tail: without it the P99 of the first token near saturation is 1.26 times the
     # oracle's, with it 1.09. 2 s are what an interactive caller takes for slow.
-    late: NonNegative = 2.0
+    late: NonNegative = 4.0
     late_from_s: NonNegative = 2.0
     # Share of the KV capacity beyond which the engine preempts, and seconds for all of the capacity above it.
     kv_share: NonNegative = 0.85
@@ -420,9 +420,9 @@ def _expect(nodes: Sequence[Priced], found: list[Figures], now: float) -> None:
 
 
 def _middle(values: list[float]) -> float:
-    """The (upper) median; `statistics.median` takes three times as long."""
+    """The median; `statistics.median` takes three times as long."""
     values.sort()
-    return values[len(values) // 2]
+    return (values[len(values) // 2] + values[(len(values) - 1) // 2]) / 2.0
 
 
 def _costs(
