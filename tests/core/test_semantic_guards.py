@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from balancer.core.semantic.guards import Features, Verdict, compare, read
 from balancer.core.semantic.tokens import Unreadable
-from tests.semantic.contrast import Triple, triples
+from tests.semantic.contrast import Triple, pairs, triples
 
 TRIPLES = list(triples())
 # Of the rewordings here this share has to pass; the rest is what precision costs.
@@ -196,6 +196,16 @@ def test_a_small_word_changes_the_question(old: str, new: str) -> None:
 )
 def test_close_questions_are_told_apart(one: str, other: str) -> None:
     assert not agree(one, other)
+
+
+@pytest.mark.parametrize(("one", "other"), pairs("apart"))
+def test_two_questions_are_never_one(one: str, other: str) -> None:
+    assert not agree(one, other)
+
+
+@pytest.mark.parametrize(("one", "other"), pairs("alike"))
+def test_two_wordings_are_one_question(one: str, other: str) -> None:
+    assert agree(one, other)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_FILE = Path(__file__).with_name("contrast.txt")
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Triple:
 
 def triples() -> Iterator[Triple]:
     """Every template with everything that fills it."""
-    for line in _FILE.read_text(encoding="utf-8").splitlines():
+    for line in (_FOLDER / "contrast.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             continue
         kind, *texts, fillings = line.split(" | ")
@@ -29,3 +29,9 @@ def triples() -> Iterator[Triple]:
             a, _, b = filling.partition(", ")
             base, same, diff = (text.replace("{a}", a).replace("{b}", b) for text in texts)
             yield Triple(kind, base, same, diff)
+
+
+def pairs(name: str) -> list[tuple[str, str]]:
+    """The pairs of `apart.txt` (two questions) or `alike.txt` (one question in two wordings)."""
+    lines = (_FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [(one, other) for one, _, other in (line.partition(" | ") for line in lines)]

@@ -38,7 +38,7 @@ class Frame:
     """One sentence: what it asks, and the words left."""
 
     kind: str  # what | who | when | where | why | how | how-ADJECTIVE | yesno | do (an instruction) | say
-    tense: str  # past | future | perfect | present
+    tense: str  # past | future | perfect | pluperfect | present
     modality: str  # can | may | should | must | would | ""
     agent: str  # named | none: whether it is said who does it
     words: list[Word]
@@ -269,7 +269,7 @@ def _tense(words: list[Word]) -> str:
         if text in ("has", "have", "had", "having") and any(
             _is_past(after) or after == "been" for after in texts[at + 1 : at + 4]
         ):
-            return "perfect"
+            return "pluperfect" if text == "had" else "perfect"
     if "had" in texts:
         return "past"
     if any(text in BE or text in DO or text in MODALS for text in texts):
@@ -333,15 +333,24 @@ class _Reader:
         if kind == "how" and rest and rest[0].text == "to":
             self.agentless = True
             return kind, "", before + _owned(rest[1:])
+        if kind == "what":
+            rest = _without_answers_class(_with_rank_first(rest))
+        if kind == "how":
+            rest = _as_difference(rest)
+            kind = "what" if rest and rest[0].text == "difference" else kind
         modality, rest = self._modality(rest, 0, how=kind == "how")
         if kind == "how" and (modality == "can" or (modality == "should" and self.agentless)):
             modality = ""
+        if kind == "where" and modality == "can" and self.agentless:
+            modality = ""
+        if kind == "why" and len(rest) > 1 and group(plain(rest[-1].text)) == "occur":
+            rest = rest[:-1]  # what causes it is why it happens
         if kind == "why" and rest and rest[-1].text == "good":
             kind, rest = "what", [Word("advantage"), *rest[:-1]]
         if kind == "why" and rest and rest[-1].text == "bad":
             kind, rest = "what", [Word("disadvantage"), *rest[:-1]]
         if kind == "what":
-            rest = _with_rank_first(_without_asked_class(rest))
+            rest = _without_asked_class(rest)
             if len(rest) > 2 and rest[0].text in ("do", "done") and rest[1].text == "to" and self.agentless:
                 return "how", "", before + rest[2:]
             if rest and rest[-1].text == "mean" and modality == "":
@@ -395,8 +404,10 @@ class _Reader:
         artefact = _artefact_at(words)
         if artefact is not None:
             if first in _PRODUCE and is_verb(first):
+                self.agentless = True
                 return "do", "", [Word("write"), *words[1:]]
             if not is_verb(first):
+                self.agentless = True
                 return "do", "", [Word("write"), *words]
         if group(first) == "calculate" and any(word.kind == "number" for word in words):
             return "what", "", words[1:]
@@ -443,6 +454,25 @@ def _without_asked_class(rest: list[Word]) -> list[Word]:
 def _owned(words: list[Word]) -> list[Word]:
     """Whose it is, where anyone is spoken of."""
     return [Word("one's") if word.text in ("my", "your", "our") else word for word in words]
+
+
+def _without_answers_class(rest: list[Word]) -> list[Word]:
+    """`which city is the capital of Mali` asks for `the capital of Mali`: the city is the answer."""
+    if len(rest) > 3 and rest[1].text in BE and rest[2].text == "the" and not is_verb(plain(rest[0].text)):
+        return rest[1:]
+    return rest
+
+
+def _as_difference(rest: list[Word]) -> list[Word]:
+    """`do A and B differ`, `is A different from B`: the difference between A and B."""
+    at = next((at for at, word in enumerate(rest) if word.text in ("differ", "differs", "different")), None)
+    if at is None or at < 2 or rest[0].text not in BE | DO:
+        return rest
+    first, second = rest[1:at], rest[at + 1 :]
+    if second and second[0].text != "from":
+        return rest
+    joined = [*first, Word("and"), *second[1:]] if second else first
+    return [Word("difference"), Word("between"), *joined]
 
 
 def _with_rank_first(rest: list[Word]) -> list[Word]:

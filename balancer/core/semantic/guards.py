@@ -137,7 +137,9 @@ class _Walk:
         self._negated = False
         self._words = frame.words
         self.kind = frame.kind
-        self._asks_some = frame.kind != "yesno"  # "do some cats" is not "do cats"; "what are some cats" is
+        self._asks_some = (
+            frame.kind == "what"
+        )  # "what are some cats" is "what are cats"; "do some cats" is not "do cats"
         self.acts = False
         at = 0
         while at < len(self._words):
@@ -146,6 +148,8 @@ class _Walk:
         if self._negated:
             self._add("not", "negation")
         self._as_conversion()
+        if self.kind == "how-much" and all(part.sort in ("number", "quantity") for part in self.parts):
+            self.kind = "what"  # how much is 20 percent of 80
 
     def _step(self, at: int) -> int:
         """Take the word there; how many words went."""
@@ -170,13 +174,20 @@ class _Walk:
                 self._turn("")
         elif text in PRONOUNS or text in ("one's", "myself"):
             self._add("pronoun " + PRONOUNS.get(text, text), "person")
-        elif text == "to" and at + 1 < len(self._words) and self._is_infinitive(self._words[at + 1]):
+        elif text == "to" and self._is_infinitive(at):
             self._turn("")
         elif text in MARKING or text in PLACING:
-            self._turn("to" if text == "into" else text)
+            bound = text in _LOOSE and at > 0 and self._acts(at - 1)  # turn in, look at
+            self._turn("to" if text == "into" else f"{text}+" if bound else text)
         elif text in MODALS or (text in ("must", "should") and not word.name):
             self._add("modal " + MODALS.get(text, text), "modality")
-        elif text in BE or text in DO or text in LIGHT or text in _SKIPPED or (text in _SOME and self._asks_some):
+        elif (
+            text in BE
+            or text in DO
+            or text in LIGHT
+            or text in _SKIPPED
+            or (text in _SOME and at == 0 and self._asks_some)
+        ):
             pass
         else:
             self._content(word, at)
@@ -198,6 +209,8 @@ class _Walk:
         marker = self._marker
         if self._negated and sort not in ("number", "opaque"):
             marker, self._negated = f"not {marker}".strip(), False
+        if sort in _MEDIA:
+            marker = marker.rstrip("+")
         self.parts.append(Part(word, sort, self._phrase, marker))
 
     def _content(self, word: Word, at: int) -> None:
@@ -205,9 +218,14 @@ class _Walk:
         if word.text.endswith("ing") and not self._is_gerund(at):
             bare = word.text  # a painting is not paint, training is no train
         name = group(bare)
-        sort = class_of(name) or ("word" if is_known(bare) and not word.name else "name" if word.name else "term")
+        acts = is_verb(bare) and not word.name
+        sort = class_of(name)
+        if not sort and word.name:
+            sort = "name"
+        elif not sort:
+            sort = "verb" if acts else "word" if is_known(bare) else "term"
         self._add(name, sort)
-        if is_verb(bare) and not word.name:
+        if acts:
             self.acts = True
             self._turn("")
 
@@ -237,6 +255,9 @@ class _Walk:
     def _number(self, at: int) -> int:
         """A number and what it counts are one part: 5 miles are not 5 kilometres."""
         taken, value = self._value(at)
+        if self._is_year(at):
+            self._add(value, "year")
+            return 1
         after = self._words[at + taken] if at + taken < len(self._words) else None
         if after is not None and after.kind == "word" and _is_counted(after):
             unit = group(plain(after.text))
@@ -255,6 +276,14 @@ class _Walk:
             self._add(value, "number")
         return taken
 
+    def _is_year(self, at: int) -> bool:
+        """Four digits before a single thing, or before nothing: `the 2020 election`, `in 2020`, not `2020 cars`."""
+        text = self._words[at].text
+        if not (text.isdigit() and len(text) == 4 and text[0] in "12"):
+            return False
+        after = self._words[at + 1] if at + 1 < len(self._words) else None
+        return after is None or not _is_counted(after) or (after.kind == "word" and plain(after.text) == after.text)
+
     def _value(self, at: int) -> tuple[int, str]:
         text = self._words[at].text
         value = NUMBERS.get(text, text)
@@ -270,14 +299,21 @@ class _Walk:
             taken += 1
         return taken, value
 
-    def _is_infinitive(self, word: Word) -> bool:
-        return word.kind == "word" and not word.name and is_verb(word.text)
+    def _is_infinitive(self, at: int) -> bool:
+        """Whether the `to` there stands before a verb: not in `get to work`."""
+        if at + 1 == len(self._words) or (at > 0 and plain(self._words[at - 1].text) in _MOVING):
+            return False
+        return self._acts(at + 1) and is_verb(self._words[at + 1].text)
+
+    def _acts(self, at: int) -> bool:
+        word = self._words[at]
+        return word.kind == "word" and not word.name and is_verb(plain(word.text))
 
     def _as_conversion(self) -> None:
         """`how many km are in 5 miles` and `5 miles is how many km`: where each is marked by its number, or by none."""
         given = [part for part in self.parts if part.sort == "quantity"]
-        asked = [part for part in self.parts if part.sort == "unit"]
-        others = [part for part in self.parts if part.sort not in ("quantity", "unit") and part.word != "convert"]
+        asked = [part for part in self.parts if part.sort == "unit" or part.word in _TIME_UNITS]
+        others = [part for part in self.parts if part not in given + asked and part.word != "convert"]
         plainly = all(part.marker in _CONVERTING for part in self.parts) and self.kind in _CONVERSIONS
         if len(given) == len(asked) == 1 and not others and plainly:
             self.kind, self.acts = "how-many", False
@@ -314,6 +350,11 @@ def _checked(part: Any) -> Part:
 # Grammar that says nothing here: relative words, and what forms of tense have left.
 _SKIPPED = frozenset({"and", "how", "have", "has", "had", "to", "who", "which"})
 # What may stand between the two of a conversion: `5 miles in km`, `convert 5 miles to km`.
+# A language, a tool or a year may stand before a thing, or behind it with `in`.
+_MEDIA = frozenset({"technology", "tongue", "year"})
+# After these `to` leads to a place.
+_MOVING = frozenset({"get", "go", "come", "travel", "walk", "drive", "fly", "ride", "commute", "move", "return"})
+_TIME_UNITS = frozenset({"second", "minute", "hour", "day", "week", "month", "year", "decade", "century"})
 _CONVERSIONS = frozenset({"how-many", "what", "do", "how", "say"})
 _CONVERTING = frozenset({"", "in", "to", "of"})
 _SOME = frozenset({"some", "any"})
@@ -322,8 +363,10 @@ _DETERMINERS = frozenset({"a", "an", "the", "this", "these", "my", "your", "one'
 _BEFORE_GERUND = frozenset({"of", "for", "by", "without", "while", "when", "from", "before", "after", "like", "about"})
 # One of these in one question and none, or `of`, in the other: `today` and `on Monday`, `Lima's weather`, `in Lima`.
 _LOOSE = frozenset({"of", "in", "on", "at", "during", "among", "upon"})
+# Sorts of words that are surely no verbs.
+_THINGS = frozenset({"word", "term", "name", "technology"})
 # Words without a counterpart of these sorts may be a matter of wording; of any other they are a difference.
-_SOFT = frozenset({"word", "term"})
+_SOFT = frozenset({"word", "term", "verb"})
 
 
 def compare(one: Features, other: Features) -> Verdict:
@@ -373,6 +416,8 @@ def _marked(one: Features, other: Features) -> str | None:
 
 def _is_loose(one: str, other: str) -> bool:
     """Whether two prepositions (or none) may be a matter of idiom."""
+    if {one, other} == {"in", "during"}:
+        return True
     return {one, other} <= _LOOSE | {""} and bool({one, other} & {"", "of"})
 
 
@@ -388,12 +433,17 @@ def _out_of_order(one: Features, other: Features) -> str | None:
     if _repeats(one) or _repeats(other):
         sequences = [part.word for part in one.parts], [part.word for part in other.parts]
         return None if sequences[0] == sequences[1] else "order"
+    agentless = all(ask.endswith("none") for ask in one.asks)  # then what is no verb is done to, wherever it stands
     ours, theirs = _places(one), _places(other)
     words = [word for word in ours if word in theirs]
     for first, second in combinations(words, 2):
         (a, at_a), (b, at_b) = ours[first], ours[second]
         (c, at_c), (d, at_d) = theirs[first], theirs[second]
-        if (at_a < at_b) != (at_c < at_d) and not _may_move(a, b, c, d):
+        if (at_a < at_b) == (at_c < at_d) or (
+            agentless and "verb" in (a.sort, b.sort) and (a.sort in _THINGS or b.sort in _THINGS)
+        ):
+            continue
+        if not _may_move(a, b, c, d):
             return "order"
     return None
 
@@ -408,7 +458,7 @@ def _places(features: Features) -> dict[str, tuple[Part, int]]:
 
 def _may_move(a: Part, b: Part, c: Part, d: Part) -> bool:
     """`a` and `b` in one question are `c` and `d` in the other, and stand the other way round."""
-    if _is_medium(a, c) or _is_medium(b, d):
+    if _is_medium(a, c) != _is_medium(b, d):
         return True
     if a.phrase == b.phrase or c.phrase == d.phrase:
         return a.marker == b.marker == c.marker == d.marker and a.marker in SYMMETRIC
@@ -416,7 +466,9 @@ def _may_move(a: Part, b: Part, c: Part, d: Part) -> bool:
 
 
 def _is_medium(one: Part, other: Part) -> bool:
-    """A language that something is written in: `a Python program`, `a program in Python`."""
+    """A language or a year: `a Python program`, `a program in Python`; `the 2020 vote`, `the vote in 2020`."""
+    if one.sort == "year":
+        return {one.marker, other.marker} <= {"", "in", "of"}
     return one.sort in ("technology", "tongue") and {one.marker, other.marker} == {"", "in"}
 
 
