@@ -58,9 +58,13 @@ def _index_of(settings: Settings, clock: Clock) -> Index:
         return memory
     from balancer.semantic.index_redis import RedisIndex
     from balancer.semantic.index_shared import SharedIndex
+    from balancer.store.address import Cluster, parse
 
+    where = parse(settings.redis.url)
+    if isinstance(where, Cluster):
+        return memory
     redis = RedisIndex(
-        settings.redis.url,
+        where,
         timeout_s=settings.redis.timeout_s,
         max_entries=settings.cache.semantic.max_entries,
         clock=clock,

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from balancer.clock import Clock
@@ -22,6 +19,7 @@ from balancer.core.cache_key import VERSION
 from balancer.core.semantic.guards import Features
 from balancer.log import get_logger
 from balancer.semantic import Entry, Unavailable, Vector
+from balancer.store.address import Address, Sentinels
 
 # Connections for lookups; more calls wait for one, within their deadline.
 MAX_CONNECTIONS = 8
@@ -37,21 +35,11 @@ log = get_logger()
 class RedisIndex:
     """Vector sets. `usable` says whether the server has them."""
 
-    def __init__(self, url: str, *, timeout_s: float, max_entries: int, clock: Clock) -> None:
+    def __init__(self, where: Address | Sentinels, *, timeout_s: float, max_entries: int, clock: Clock) -> None:
         self._clock = clock
         self._max_entries = max_entries
         self._paused_until_s = -math.inf
-        self._redis = Redis(
-            connection_pool=BlockingConnectionPool.from_url(
-                url,
-                max_connections=MAX_CONNECTIONS,
-                timeout=timeout_s,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-            )
-        )
+        self._redis = where.client(timeout_s, connections=MAX_CONNECTIONS)
         self._redis.response_callbacks.clear()  # replies as the server sends them, whatever the version of redis-py
 
     async def start(self) -> None:
@@ -71,7 +59,7 @@ class RedisIndex:
         """The nearest elements and their attributes, in two steps: which, and what is known of them."""
         query = ("VSIM", key, "FP32", vector.astype("<f4").tobytes(), "WITHSCORES", "COUNT", count, "EF", SEARCH_EFFORT)
         found = await self._run(query)
-        pairs = list(zip(found[::2], found[1::2], strict=False)) if isinstance(found, list) else []
+        pairs = list(found.items()) if isinstance(found, dict) else list(zip(found[::2], found[1::2], strict=True))
         if not pairs:
             return []
         known = await self._run(*(("VGETATTR", key, element) for element, _ in pairs))

@@ -152,7 +152,7 @@ async def test_shadow_measures_and_never_serves(node: FakeNode, other: FakeNode,
 
 async def test_an_answer_that_is_gone_is_a_miss_and_its_question_goes_too(guarded: Balancer) -> None:
     await fill(guarded, chat(ASKED))
-    assert await guarded.app.store.delete(tenant=None, model=None, digest=None) == 1
+    assert await guarded.app.cache.delete(tenant=None, model=None, key=None) == 1
     assert (await ask(guarded, chat(REWORDED, max_tokens=8))).cache == "miss"
     assert guarded.counts("semantic_lookups") == {("far",): 2}
 
@@ -228,8 +228,9 @@ async def test_the_report_tells_what_was_found_and_a_kill_undoes_it(guarded: Bal
     assert (status, report["enabled"], report["mode"], report["shadow"]) == (200, True, "guarded", False)
     assert report["lookups"]["served"] == 1
     assert report["hit_ratio"] == pytest.approx(1 / 3, abs=1e-4)
-    served = list(guarded.app.memory._entries)[-1]  # the one used last
-    key_ = served.partition("{")[2].rstrip("}")
+    assert (await ask(guarded, chat(ASKED))).cache == "hit"
+    (hit,) = guarded.app.cache.top(1, requests=False)
+    key_ = hit["key"]
     status, killed = await admin(guarded, "DELETE", f"/admin/cache/semantic/{key_}")
     assert (status, killed["killed"], killed["entries"], killed["answers"]) == (200, key_, 1, 1)
     assert (await admin(guarded, "DELETE", f"/admin/cache/semantic/{key_}"))[0] == 404

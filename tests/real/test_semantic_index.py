@@ -15,10 +15,20 @@ from balancer.semantic import Entry, Index, Unavailable, Vector
 from balancer.semantic.index_memory import MemoryIndex
 from balancer.semantic.index_redis import RedisIndex
 from balancer.semantic.index_shared import SharedIndex
+from balancer.store.address import Address
+from balancer.store.address import parse as parse_url
 from tests.fakes import ManualClock
 from tests.real import engine
 from tests.real.vector_server import VectorServer
 from tests.redis_server import RedisServer, redis_server  # noqa: F401
+
+
+def single(url: str) -> Address:
+    """A server's address."""
+    where = parse_url(url)
+    assert isinstance(where, Address)
+    return where
+
 
 KEY = semantic_name("acme", "m", "p" * 64)
 DIMENSIONS = 384
@@ -39,7 +49,7 @@ def vectors() -> Iterator[VectorServer]:
 @pytest.fixture
 async def redis_index(vectors: VectorServer) -> AsyncIterator[RedisIndex]:
     vectors.client().flushall()
-    index = RedisIndex(vectors.url, timeout_s=PATIENT_S, max_entries=300, clock=SystemClock())
+    index = RedisIndex(single(vectors.url), timeout_s=PATIENT_S, max_entries=300, clock=SystemClock())
     yield index
     await index.close()
 
@@ -122,7 +132,9 @@ async def test_the_index_is_shared_where_the_server_has_vector_sets(vectors: Vec
     (vector,) = directions(1)
     pair = [
         SharedIndex(
-            RedisIndex(vectors.url, timeout_s=PATIENT_S, max_entries=10, clock=clock), MemoryIndex(10, clock), clock
+            RedisIndex(single(vectors.url), timeout_s=PATIENT_S, max_entries=10, clock=clock),
+            MemoryIndex(10, clock),
+            clock,
         )
         for _ in range(2)
     ]
@@ -136,7 +148,7 @@ async def test_the_index_is_shared_where_the_server_has_vector_sets(vectors: Vec
 @pytest.mark.real("redis")
 async def test_without_vector_sets_each_process_has_its_own(redis_server: RedisServer) -> None:  # noqa: F811
     clock = SystemClock()
-    redis = RedisIndex(redis_server.url, timeout_s=PATIENT_S, max_entries=10, clock=clock)
+    redis = RedisIndex(single(redis_server.url), timeout_s=PATIENT_S, max_entries=10, clock=clock)
     if await redis.usable():
         pytest.skip("this Redis has vector sets")
     index = SharedIndex(redis, MemoryIndex(10, clock), clock)
@@ -153,7 +165,7 @@ async def test_a_redis_that_is_away_is_unavailable_and_not_asked_for_a_while(
     redis_server: RedisServer,  # noqa: F811
 ) -> None:
     clock = ManualClock()
-    index = RedisIndex(redis_server.url, timeout_s=PATIENT_S, max_entries=10, clock=clock)
+    index = RedisIndex(single(redis_server.url), timeout_s=PATIENT_S, max_entries=10, clock=clock)
     shared = SharedIndex(index, MemoryIndex(10, clock), clock)
     redis_server.kill()
     (vector,) = directions(1)

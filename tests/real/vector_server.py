@@ -20,12 +20,12 @@ class VectorServer(RedisServer):
     """A server of a test's own. Raises Unavailable where there can be none."""
 
     def __init__(self, *words: str) -> None:
-        self._command = _command()
+        self._program = _command()
         super().__init__(*words)
 
     def command(self) -> list[str]:
         """What runs it."""
-        return self._command
+        return self._program
 
 
 def _command() -> list[str]:

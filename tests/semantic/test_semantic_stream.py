@@ -13,7 +13,7 @@ from loadtest.embedding import embed
 from loadtest.semantic_stream import Tally, play, stream
 
 BOUND = 0.02
-SEEDS = range(4)
+SEEDS = range(3)
 
 
 @cache
@@ -34,7 +34,7 @@ def test_verified_finds_more_than_guarded_at_the_same_error(seed: int) -> None:
     assert verified.served > guarded.served
 
 
-@pytest.mark.parametrize("treacherous_share", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("treacherous_share", [0.05, 0.5])
 def test_where_the_guards_are_blind_the_error_stays_under_the_bound(treacherous_share: float) -> None:
     for seed in SEEDS:
         verified = played("verified", seed, treacherous_share=treacherous_share)

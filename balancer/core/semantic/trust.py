@@ -31,7 +31,7 @@ _ENOUGH = _ONCE * len(BANDS)
 _SHARES = (0.0, 0.1, 0.3)
 # What is known beforehand of pairs that the guards do not tell apart and that are as near as `PRIOR_BAND`: so many
 # right hits on the development data, none of them plainly wrong (docs/caching.md).
-PRIOR_RIGHT, PRIOR_BAND = 160, 0.90
+PRIOR_RIGHT, PRIOR_BAND = 150, 0.90
 # An entry with as many errors has to be trusted by its own history.
 MAX_WRONG = 2
 # Old evidence fades, so that a change of traffic is seen: beyond this many observations all counts are halved.
