@@ -25,7 +25,7 @@ RUN touch constraints.txt \
 # Dependencies come as wheels only: nothing is compiled, so no compiler is needed.
 FROM build AS build-balancer
 RUN pip --python /opt/venv/bin/python install --only-binary=:all: --constraint constraints.txt \
-        "$(echo /wheels/gpu_balancer-*.whl)[balancer]"
+        "$(echo /wheels/gpu_balancer-*.whl)[balancer,semantic]"
 
 FROM build AS build-node-agent
 RUN pip --python /opt/venv/bin/python install --only-binary=:all: --constraint constraints.txt \

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check format imports test demo bench compare sim sim-full load helm-lint clean
+.PHONY: setup check format imports test demo bench compare sim sim-full semantic load helm-lint clean
 
 setup: .venv/.ready
 
@@ -46,6 +46,9 @@ sim: setup ## the standard table of the simulator: every policy on every row, wi
 sim-full: setup ## everything, on whole traces: make sim-full MOONCAKE=FILE CONV=FILE CODE=FILE
 	$(BIN)/python -m loadtest.sim.standard --full $(if $(MOONCAKE),--mooncake $(MOONCAKE)) \
 		$(if $(CONV),--conv $(CONV)) $(if $(CODE),--code $(CODE))
+
+semantic: setup ## quality of the semantic cache: make semantic DATA=FOLDER MODEL_DIR=FOLDER
+	$(BIN)/python -m loadtest.semantic_quality $(DATA) $(if $(MODEL_DIR),--model-dir $(MODEL_DIR))
 
 load: setup ## locust against a running balancer: make load HOST=http://127.0.0.1:8080
 	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(or $(HOST),http://127.0.0.1:8080) \

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A node's id goes into response headers and labels.
 _ID = re.compile(r"[!-~]{1,128}")
 _NODE = TypeAdapter(tuple[NodeConfig], config=ConfigDict(extra="forbid"))  # a dataclass alone takes no config
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _CACHE_FILTERS = ("tenant", "model", "key")
 # Answers told of at once, at most.
 MOST_TOLD = 1000
@@ -65,6 +66,16 @@ class CacheAdmin(Protocol):
         """Remove what matches all that is given; how many answers went."""
 
 
+class SemanticAdmin(Protocol):
+    """The part of the semantic cache that operators may see and change."""
+
+    def report(self) -> dict[str, Any]:
+        """What was looked for and found, and how far it can be trusted."""
+
+    async def kill(self, id_: str) -> dict[str, int]:
+        """Remove an answer, and trust its neighbours less; what went. Raises BalancerError."""
+
+
 class Admin:
     """The calls under /admin. What changes the fleet or the settings goes through the callbacks."""
 
@@ -82,6 +93,7 @@ class Admin:
         put_node: Callable[[NodeConfig], object],
         remove_node: Callable[[NodeId], object],
         prices: Prices,
+        semantic: SemanticAdmin | None = None,
     ) -> None:
         self._registry = registry
         self._clock = clock
@@ -94,6 +106,7 @@ class Admin:
         self._put_node = put_node
         self._remove_node = remove_node
         self._prices = prices
+        self._semantic = semantic
 
     def routes(self) -> list[tuple[str, str, Handler]]:
         """Method, path and what it calls."""
@@ -108,6 +121,8 @@ class Admin:
             ("GET", "/admin/cache", self._cache_stats),
             ("GET", "/admin/cache/top", self._cache_top),
             ("DELETE", "/admin/cache", self._cache_delete),
+            ("GET", "/admin/cache/semantic", self._semantic_report),
+            ("DELETE", "/admin/cache/semantic/{key}", self._semantic_kill),
             ("GET", "/admin/tenants", self._show_tenants),
             ("GET", "/admin/config", self._show_config),
             ("POST", "/admin/reload", self._reload_settings),
@@ -187,6 +202,22 @@ class Admin:
             raise BadRequest("say what to remove: tenant, model, key or older_than_s")
         gone = await self._cache.delete(tenant=tenant, model=model, key=key, older_than_s=older_than_s)
         return Reply(data={"deleted": gone})
+
+    async def _semantic_report(self, request: web.Request) -> Reply:
+        return Reply(
+            data={"enabled": False} if self._semantic is None else {"enabled": True, **self._semantic.report()}
+        )
+
+    async def _semantic_kill(self, request: web.Request) -> Reply:
+        key = request.match_info["key"]
+        if not _DIGEST.fullmatch(key):
+            raise BadRequest("key: must be the 64 hexadecimal digits of an entry", param="key")
+        if self._semantic is None:
+            raise NotFound("the semantic cache is off")
+        killed = await self._semantic.kill(key)
+        if not any(killed.values()):
+            raise NotFound("there is no such entry", param="key")
+        return Reply(data={"killed": key, **killed})
 
     async def _show_tenants(self, request: web.Request) -> Reply:
         return Reply(data=self._tenants())

@@ -44,6 +44,7 @@ from balancer.wire.inbound import InboundLimits
 from balancer.wire.timers import TimerWheel
 
 if TYPE_CHECKING:
+    from balancer.semantic.service import SemanticCache
     from balancer.store.address import Address, Sentinels
     from balancer.store.cluster import ClusterStore
     from balancer.store.flights import Board
@@ -166,6 +167,7 @@ class App:
         )
         self.neighbours = self._make_neighbours()
         self._follow_fleet()
+        self.semantic = self._make_semantic()
         date = DateHeader()
         self.resumes = Resumes(self.attempts, self.metrics, self.buffered, enabled=settings.resume.enabled)
         self.flights = Flights(
@@ -185,6 +187,7 @@ class App:
             clock=clock,
             date=date,
             comment_after_s=settings.queue.comment_after_s,
+            semantic=self.semantic,
         )
         self.port = DataPort(
             address=settings.listen,
@@ -209,6 +212,7 @@ class App:
             feed=self.feed,
             cache=self.cache,
             tenants=self.admission.tenants,
+            semantic=self.semantic,
             settings_view=self.effective,
             reload=self.reload,
             drain_state=lambda: self.port.draining or self.port.closing,
@@ -310,6 +314,19 @@ class App:
             return None
         return Board(self.store, where, self._clock)
 
+    def _make_semantic(self) -> SemanticCache | None:
+        """The semantic cache, where it is asked for. Raises SettingsError for what it cannot work with."""
+        settings = self._settings
+        if not settings.uses_semantic:
+            return None
+        try:
+            from balancer.semantic.build import build
+        except ImportError as error:
+            raise SettingsError("cache.semantic: needs NumPy; install gpu-balancer[semantic]") from error
+        return build(
+            settings, cache=self.cache, models=self.intake.rules, metrics=self.metrics, clock=self._clock, rng=self._rng
+        )
+
     # -- life
 
     async def start(self) -> None:
@@ -321,6 +338,8 @@ class App:
         await self.port.start()
         log.info("data.listening", address=self.port.address, nodes=len(self.registry.nodes))
         await self.store.start()
+        if self.semantic is not None:
+            await self.semantic.start()
         await self._start_watching()
         self._tasks.append(asyncio.create_task(self._tick()))
         if self._settings.cache.warmup_file is not None:
@@ -377,6 +396,8 @@ class App:
             await watcher.close()
         await self.flights.close()
         self.attempts.close()
+        if self.semantic is not None:
+            await self.semantic.close()
         await self.store.close()
         self.wheel.close()
 
@@ -443,6 +464,8 @@ class App:
         self.port.revision += 1
         self.cache.configure(new.cache, self.intake.rules)
         self.flights.configure(new.cache.coalesce)
+        if self.semantic is not None:
+            self.semantic.configure(new.cache, self.intake.rules)
         self.admission.configure(new.limits, new.queue, self.intake.rules)
         self.attempts.configure(
             self._routing_of(old, new), new.retry, _answer_limits(new, self.buffered), new.timeouts.connect_s
@@ -512,6 +535,13 @@ RESTART_ONLY = (
     "cache.warmup_file",
     "cache.warmup_key",
     "cache.warmup_concurrency",
+    "cache.semantic.enabled",
+    "cache.semantic.embedder",
+    "cache.semantic.embeddings_url",
+    "cache.semantic.embeddings_model",
+    "cache.semantic.api_key",
+    "cache.semantic.model_dir",
+    "cache.semantic.max_entries",
     "upstream.max_connections_per_node",
     "routing.share_interval_s",
 )

@@ -60,6 +60,7 @@ class Plan:
     asked: Asking | None = None  # to be remembered with its name, once it was a hit
     refusal_name: str | None = None  # once it was needed
     stale: Stored | None = None  # found, and past its lifetime
+    question: object = None  # what a semantic lookup found out, for when the answer comes
 
 
 @dataclass(slots=True)
@@ -114,8 +115,13 @@ class ResponseCache:
         self._misses = 0
         self._stored = 0
         self._hit_buckets: dict[TenantId, TokenBucket] = {}
+        self.on_stored: Callable[[Plan, InferenceRequest, bool, bytes], None] | None = (
+            None  # plan, request, stream, body
+        )
         self._lookup_seconds = metrics.cache_seconds.of("lookup")
-        self._hits = {level: metrics.cache_hits.of(level) for level in ("memory", "redis", "refusal", "stale")}
+        self._hits = {
+            level: metrics.cache_hits.of(level) for level in ("memory", "redis", "refusal", "stale", "semantic")
+        }
         self._saved = metrics.gpu_seconds_saved.of()
         self._evicted = metrics.cache_memory_evictions.of()
         self.configure(config, models)
@@ -257,6 +263,23 @@ class ResponseCache:
         self._found("redis", plan.name, hit, request)
         return hit
 
+    async def fetch(self, name: str, request: InferenceRequest) -> tuple[bool, Hit | None]:
+        """Whether there is an answer under another request's name, and it in the form that this one wants."""
+        kept = self.local.get(name, self._clock.now())
+        stored = kept.stored if kept is not None else None
+        if stored is None and self._store is not None:
+            data = await self._store.get(name)
+            stored = None if data is None else await self._decoded(data, name)
+        if stored is None or not stored.is_fresh(self._clock.wall()):
+            return stored is not None, None
+        return True, self._hit(stored, request, kept)
+
+    def count_semantic(self, hit: Hit, request: InferenceRequest) -> None:
+        """An answer that was fetched is served. Raises RateLimited where it is one too many."""
+        self.bound_hits(request.tenant.id)
+        self._hits["semantic"].value += 1
+        self._saved.value += hit.node_seconds
+
     def stale(self, plan: Plan, request: InferenceRequest) -> Hit | None:
         """The answer past its lifetime that the look-up met, where it may stand in for an error."""
         stored, grace_s = plan.stale, self._config.stale_if_error_s
@@ -341,6 +364,8 @@ class ResponseCache:
             self._write(self._store, plan.name, stored)
         if plan.inputs is not None:
             self.store_inputs(plan, plan.inputs, body)
+        if self.on_stored is not None:
+            self.on_stored(plan, request, stream, body)
         return ""
 
     def _keep(self, name: str, stored: Stored) -> None:

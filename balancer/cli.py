@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--export", metavar="FILE", help="write their requests as a file for warmup (cache.keep_requests)")
     top.add_argument("--key-file", metavar="FILE", help="file with the admin key")
     top.set_defaults(run=_cache_top)
+    report = cache.add_parser("report", help="lookups, hits, estimated error with its confidence, samples")
+    report.set_defaults(run=_cache_report)
+    kill = cache.add_parser("kill", help="remove one answer for every wording, and trust its neighbours less")
+    kill.add_argument("key", metavar="KEY", help="the entry's key, as the report gives it")
+    kill.set_defaults(run=_cache_kill)
+    for call in (report, kill):
+        call.add_argument("--ops", default="127.0.0.1:8081", metavar="HOST:PORT", help="operations port")
+        call.add_argument("--key-file", metavar="FILE", help="file with the admin key, where one is set")
 
     new_key = commands.add_parser("new-key", help="make an API key")
     new_key.add_argument("--tenant", required=True, metavar="NAME")
@@ -120,6 +128,8 @@ def _serve(args: argparse.Namespace) -> None:
         serve(settings, read, log.event_writer(settings.log.level, lines))
     except OSError as error:
         _fail(error.strerror or str(error), 1)
+    except SettingsError as error:
+        _fail(str(error), 2)
     finally:
         if lines is not None:
             lines.flush()
@@ -205,12 +215,34 @@ def _new_key(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    import http.client
     import json
-    from pathlib import Path
     from urllib.parse import quote
 
     from balancer.explain import table
+
+    told = _asked(args, "GET", f"/admin/requests/{quote(args.request_id, safe='')}", args.request_id)
+    print(json.dumps(told, indent=2) if args.json else table(told))
+
+
+def _cache_report(args: argparse.Namespace) -> None:
+    from balancer.cache_report import written
+
+    print(written(_asked(args, "GET", "/admin/cache/semantic", "report")), end="")
+
+
+def _cache_kill(args: argparse.Namespace) -> None:
+    from urllib.parse import quote
+
+    killed = _asked(args, "DELETE", f"/admin/cache/semantic/{quote(args.key, safe='')}", args.key)
+    print(f"killed {killed['killed']}: {killed['answers']} answers, {killed['neighbours']} neighbours trusted less")
+
+
+def _asked(args: argparse.Namespace, method: str, path: str, what: str) -> Any:
+    """What a running balancer's operations port says, as JSON; exits where it says nothing, or refuses."""
+    import http.client
+    import json
+    from pathlib import Path
+
     from balancer.settings import split_address
 
     headers = {}
@@ -222,7 +254,7 @@ def _explain(args: argparse.Namespace) -> None:
         _fail(str(error), 2)
     connection = http.client.HTTPConnection(host, port, timeout=ASK_S)
     try:
-        connection.request("GET", f"/admin/requests/{quote(args.request_id, safe='')}", headers=headers)
+        connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         told = json.loads(answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -230,8 +262,8 @@ def _explain(args: argparse.Namespace) -> None:
     finally:
         connection.close()
     if answer.status != 200:
-        _fail(f"{args.request_id}: {told['error']['message']}", 1)
-    print(json.dumps(told, indent=2) if args.json else table(told))
+        _fail(f"{what}: {told['error']['message']}", 1)
+    return told
 
 
 def _read_key(path: str | None) -> str | None:

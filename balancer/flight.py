@@ -523,6 +523,13 @@ class Flights:
         """New settings, for requests that come from now on."""
         self._config = config
 
+    def may_join(self, request: InferenceRequest, plan: Plan) -> bool:
+        """Whether an equal call is in flight that this request would join."""
+        if plan.name is None or not self._config.enabled:
+            return False
+        there = self._flights.get((plan.name, request.stream, request.wants_usage))
+        return there is not None and there.may_be_joined(request)
+
     async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
         """Join an equal call in flight; else admit the request and make the call. Deliver it.
 

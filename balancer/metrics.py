@@ -198,6 +198,12 @@ class Metrics:
         self.cache_memory_evictions = Counter(
             "balancer_cache_memory_evictions_total", "Answers that left this process for want of room"
         )
+        self.semantic_lookups = Counter(
+            "balancer_semantic_lookups_total", "Lookups of the semantic cache by how they ended", ("result",)
+        )
+        self.semantic_comparisons = Counter(
+            "balancer_semantic_comparisons_total", "Stored answers compared with the node's own", ("verdict",)
+        )
         self.store_errors = Counter("balancer_store_errors_total", "Store calls that failed or were given up", ("op",))
         self.redis_used = Gauge("balancer_redis_memory_used_bytes", "Memory that a Redis uses", ("server",))
         self.redis_peak = Gauge("balancer_redis_memory_peak_bytes", "The most it ever used", ("server",))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from balancer.admin import Admin, CacheAdmin, Handler, Prices, Reply, json_body
+from balancer.admin import Admin, CacheAdmin, Handler, Prices, Reply, SemanticAdmin, json_body
 from balancer.clock import Clock
 from balancer.core.node import NodeConfig
 from balancer.core.request import Dialect, NodeId
@@ -59,6 +59,7 @@ class OpsServer:
         put_node: Callable[[NodeConfig], object] | None = None,
         remove_node: Callable[[NodeId], object] | None = None,
         prices: Prices = lambda nodes, now: (),
+        semantic: SemanticAdmin | None = None,
     ) -> None:
         self._listen = address
         self.address = address  # host:port, once it serves as listened on
@@ -82,6 +83,7 @@ class OpsServer:
             put_node=put_node or registry.put,
             remove_node=remove_node or registry.remove,
             prices=prices,
+            semantic=semantic,
         )
         self._runner: web.AppRunner | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from balancer.cache import Hit, Plan, ResponseCache
 from balancer.clock import Clock
@@ -21,6 +21,9 @@ from balancer.verdicts import Verdicts
 from balancer.wire.framing import DateHeader
 from balancer.wire.inbound import InboundRequest
 
+if TYPE_CHECKING:
+    from balancer.semantic.service import SemanticCache
+
 
 class Proxy:
     """Serves understood requests: cache, verdict, limit, node, attempt with retry, cache write."""
@@ -34,9 +37,11 @@ class Proxy:
         clock: Clock,
         date: DateHeader,
         comment_after_s: float | None,
+        semantic: SemanticCache | None = None,
     ) -> None:
         self._cache = cache
         self._verdicts = verdicts
+        self._semantic = semantic
         self._flights = flights
         self._embedder = Embedder(cache, flights, clock)
         self._clock = clock
@@ -88,6 +93,8 @@ class Proxy:
         try:
             if plan.read and (hit := await self._looked_up(plan, request, client)) is not None:
                 return await self._replay(hit, client)
+            if self._semantic is not None and (hit := await self._reworded(self._semantic, plan, request)) is not None:
+                return await self._replay(hit, client)
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
@@ -108,6 +115,14 @@ class Proxy:
             raise
         finally:
             client.stop_comments()
+
+    async def _reworded(self, semantic: SemanticCache, plan: Plan, request: InferenceRequest) -> Hit | None:
+        """The answer to another wording, where it may be given; an equal call in flight is better."""
+        if not semantic.applies(request, plan) or self._flights.may_join(request, plan):
+            return None
+        if self._verdicts:
+            self._verdicts.check(request)
+        return await semantic.lookup(request, plan)
 
     async def _looked_up(self, plan: Plan, request: InferenceRequest, client: ClientStream) -> Hit | None:
         begun_s = self._clock.now()

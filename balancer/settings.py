@@ -115,6 +115,13 @@ class SemanticConfig:
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.90
     max_error_rate: Annotated[float, Field(ge=0, le=1)] = 0.01
     shadow: bool = True
+    embeddings_model: str | None = None
+    api_key: str | None = None
+    observe_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    timeout_s: Annotated[float, Field(gt=0, le=1)] = 0.05
+    max_in_flight: Annotated[int, Field(ge=1)] = 8
+    lookups_per_second: Rate = 50.0
+    max_entries: Annotated[int, Field(ge=1)] = 20000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,15 +301,28 @@ class Settings(BaseSettings):
             raise ValueError("limits.store: redis is asked for, and redis.url is not set")
         if self.cache.coalesce.across and self.redis.url is None:
             raise ValueError("cache.coalesce.across: needs a redis.url that the balancers share")
+        self._check_semantic()
         for name, asked in self._not_built():
             if asked:
                 raise ValueError(f"{name}: is not built yet; leave it out")
         return self
 
+    @property
+    def uses_semantic(self) -> bool:
+        """Whether the semantic cache is on for any model."""
+        return self.cache.enabled and (self.cache.semantic.enabled or any(model.semantic for model in self.models))
+
+    def _check_semantic(self) -> None:
+        if not self.uses_semantic:
+            return
+        semantic = self.cache.semantic
+        if semantic.embedder == "http" and semantic.embeddings_url is None:
+            raise ValueError("cache.semantic.embeddings_url: must be set for the embedder http")
+        if semantic.embedder == "local" and semantic.model_dir is None:
+            raise ValueError("cache.semantic.model_dir: must be set for the embedder local")
+
     def _not_built(self) -> list[tuple[str, bool]]:
         return [
-            ("cache.semantic.enabled", self.cache.semantic.enabled),
-            ("models.semantic", any(model.semantic for model in self.models)),
             ("models.fallbacks", any(model.fallbacks for model in self.models)),
         ]
 

@@ -21,6 +21,7 @@ PARTS: Mapping[str, str] = {
     "openai": "openai client",
     "llama": "llama-server engine",
     "vectors": "Redis vector sets",
+    "weights": "MiniLM weights",
 }
 # A package index is enough to have these.
 NEVER_SKIPPED_IN_CI = ("redis", "openai")
@@ -108,6 +109,12 @@ def _what_it_is(part: str) -> str:
     """Name and version of what was used, as far as it is known."""
     if part == "openai":
         return f"openai {importlib.metadata.version('openai')}"
+    if part == "weights":
+        return f"of {os.environ.get('SEMANTIC_MODEL_DIR', 'nowhere')}"
+    if part == "vectors":
+        from tests.real import vector_server
+
+        return vector_server.name()
     if part == "llama":
         from tests.real import engine
 

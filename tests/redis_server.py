@@ -89,12 +89,16 @@ class RedisServer:
         words = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         return [*words, "--dir", str(self._folder), "--unixsocket", self.unix_path, *self._words]
 
+    def command(self) -> list[str]:
+        """What runs it."""
+        return [program() or "redis-server"]
+
     def _running(self) -> subprocess.Popen[str]:
         assert self._process is not None, "it does not run"
         return self._process
 
     def _started(self, port: int) -> bool:
-        words = [program() or "redis-server", *self._command(port)]
+        words = [*self.command(), *self._command(port)]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         ready, ended = threading.Event(), threading.Event()
 

@@ -70,7 +70,7 @@ def test_the_base_is_a_slim_python_named_without_a_host() -> None:
 
 
 def test_each_image_has_its_own_extra_and_no_settings_that_would_override_a_file() -> None:
-    for target, extra in {"balancer": "[balancer]", "node-agent": "[agent]"}.items():
+    for target, extra in {"balancer": "[balancer,semantic]", "node-agent": "[agent]"}.items():
         (source,) = [rest for word, rest in inherited(target) if word == "COPY"]
         stage = re.match(r"--from=(\S+) /opt/venv /opt/venv$", source)
         assert stage, "only the environment is taken over from the build"

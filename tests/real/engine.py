@@ -60,21 +60,21 @@ def name() -> str:
 
 
 def _make(folder: Path) -> None:
-    mirror = _mirror()
+    found = mirror()
     with tempfile.TemporaryDirectory(dir=PARTS) as there:
         work = Path(there)
-        packages = _fetch(mirror, work)
+        packages = fetch(found, work, PACKAGE, SUITE)
         new = work / "new"
         (new / "root").mkdir(parents=True)
         for package in packages:
-            _run("dpkg", "-x", str(package), str(new / "root"))
+            run("dpkg", "-x", str(package), str(new / "root"))
         tiny_model.write(new / "model.gguf")
         version = next(re.split("_", package.name)[1] for package in packages if package.name.startswith(PACKAGE))
         (new / "name").write_text(f"{PACKAGE} {version.replace('%3a', ':')} from {SUITE}", encoding="utf-8")
         new.rename(folder)
 
 
-def _mirror() -> str:
+def mirror() -> str:
     """Where this machine gets its Debian packages from."""
     if platform.machine() != "x86_64":
         raise Unavailable(f"unpacked only for x86_64, not for {platform.machine()}")
@@ -98,12 +98,12 @@ def _uris() -> Iterator[str]:
             yield from re.findall(r"^deb\s+(?:\[[^]]*\]\s+)?(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def _fetch(mirror: str, work: Path) -> list[Path]:
-    """The package and all that it needs, C library included, as if nothing were installed."""
+def fetch(mirror: str, work: Path, package: str, suite: str) -> list[Path]:
+    """A package of a suite and all that it needs, C library included, as if nothing were installed."""
     for name in ("lists/partial", "archives/partial"):
         (work / name).mkdir(parents=True)
     (work / "status").touch()
-    (work / "sources").write_text(f"deb [signed-by={KEYRING}] {mirror} {SUITE} main\n", encoding="utf-8")
+    (work / "sources").write_text(f"deb [signed-by={KEYRING}] {mirror} {suite} main\n", encoding="utf-8")
     options = {
         "Dir::Etc::sourcelist": work / "sources",
         "Dir::Etc::sourceparts": "/dev/null",
@@ -117,19 +117,19 @@ def _fetch(mirror: str, work: Path) -> list[Path]:
         "Acquire::http::Timeout": "15",
     }
     apt = ("apt-get", "-qq", *(f"-o{name}={value}" for name, value in options.items()))
-    _run(*apt, "update")
-    _run(*apt, "-y", "--no-install-recommends", "--download-only", "install", PACKAGE)
+    run(*apt, "update")
+    run(*apt, "-y", "--no-install-recommends", "--download-only", "install", package)
     return sorted((work / "archives").glob("*.deb"))
 
 
-def _run(*words: str) -> None:
+def run(*words: str) -> None:
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=FETCH_WITHIN_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{words[0]} took longer than {FETCH_WITHIN_S:.0f} s") from error
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise Unavailable(f"{PACKAGE} could not be fetched from {SUITE}: {said}")
+        raise Unavailable(f"{words[0]} {words[-1]} failed: {said}")
 
 
 class Engine:
