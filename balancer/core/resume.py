@@ -1,7 +1,7 @@
 """A stream that broke off, continued on another node: whether that is exact, how the rest is asked for and joined on.
 
 Exact means that no text is lost and none repeated. What is not known to be so is refused: fields of the request go by
-allow-list, and anything but plain text in what was said is `NotExact`. `docs/adr/0009-exact-resume.md` has the reasons.
+allow-list, and anything but plain text in what was said is `NotExact`. `docs/adr/0010-exact-resume.md` has the reasons.
 """
 
 from __future__ import annotations
