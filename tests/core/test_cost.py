@@ -86,12 +86,12 @@ def test_the_backlog_is_the_time_to_read_what_was_sent_before() -> None:
     assert price("backlog", books, 0.5) == pytest.approx(1.5)
 
 
-def test_waiting_beyond_two_seconds_counts_three_times() -> None:
+def test_waiting_beyond_two_seconds_counts_five_times() -> None:
     books = server("a").books
     assert price("late", books) == 0.0
 
     books.dispatched(Work(prompt_tokens=2000), 0, 0.0)
-    assert price("late", books, 0.5) == pytest.approx(2.0 * (1.5 + 1.0 - 2.0))
+    assert price("late", books, 0.5) == pytest.approx(4.0 * (1.5 + 1.0 - 2.0))
 
 
 def test_what_is_held_need_not_be_read() -> None:
