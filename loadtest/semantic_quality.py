@@ -42,10 +42,11 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A pair and what the cache sees in it; `cosine` is None where the embedder cannot read it."""
+    """A pair and what the cache sees in it; a cosine is None where the embedder cannot read it."""
 
     pair: Pair
-    cosine: float | None
+    plain: float | None  # of the questions as they are
+    cosine: float | None  # of their gists, which is what the cache embeds
     reason: str  # of the guards; empty where they agree
 
 
@@ -101,16 +102,19 @@ def judge(found: list[Pair], embed: Callable[[str], Any]) -> list[Judged]:
     features = lru_cache(maxsize=None)(_features)
     judged = []
     for pair in found:
-        one, other = embed(pair.one), embed(pair.other)
-        cosine = None if one is None or other is None else float(one @ other)
-        seen = features(pair.one), features(pair.other)
-        if isinstance(seen[0], str) or isinstance(seen[1], str):
-            reason = "unreadable"
-        else:
-            verdict = compare(seen[0], seen[1])
-            reason = verdict.reason or ("" if verdict.agree else "words")
-        judged.append(Judged(pair, cosine, reason))
+        plain = _cosine(embed(pair.one), embed(pair.other))
+        one, other = features(pair.one), features(pair.other)
+        if isinstance(one, str) or isinstance(other, str):
+            judged.append(Judged(pair, plain, None, "unreadable"))
+            continue
+        verdict = compare(one, other)
+        reason = verdict.reason or ("" if verdict.agree else "words")
+        judged.append(Judged(pair, plain, _cosine(embed(one.gist), embed(other.gist)), reason))
     return judged
+
+
+def _cosine(one: Any, other: Any) -> float | None:
+    return None if one is None or other is None else float(one @ other)
 
 
 def _features(text: str) -> Features | str:
@@ -135,7 +139,7 @@ def table(judged: list[Judged]) -> str:
     )
     lines.append("")
     lines.append("What stopped the differing questions of contrast en: " + _counts(stopped))
-    unread = Counter(one.pair.name for one in judged if one.cosine is None)
+    unread = Counter(one.pair.name for one in judged if one.plain is None)
     lines.append("Pairs that the embedder refuses to read: " + _counts(unread))
     return "\n".join(lines)
 
@@ -155,8 +159,8 @@ def _share(hits: list[bool]) -> str:
 
 
 def _hits(one: Judged, threshold: float, *, guarded: bool) -> bool:
-    # The plain baseline takes what the embedder gives; one that refuses text has no cosine for it.
-    return one.cosine is not None and one.cosine >= threshold and not (guarded and one.reason)
+    cosine = one.cosine if guarded else one.plain
+    return cosine is not None and cosine >= threshold and not (guarded and one.reason)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class SemanticCache:
         if not self._may_look(request.tenant.id):
             return "rate"
         try:
-            features = read(question.text).hashed(bytes.fromhex(question.partition))
+            features = read(question.text)
         except Unreadable:
             return "unreadable"
         key = cache_key.semantic_name(tenant, request.model, question.partition)
@@ -144,10 +144,10 @@ class SemanticCache:
         self._in_flight += 1
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                vector = await self._embedder.embed(question.text)
+                vector = await self._embedder.embed(features.gist)
                 if vector is None:
                     return "unreadable"
-                asked = plan.question = Asked(key, vector, features)
+                asked = plan.question = Asked(key, vector, features.hashed(bytes.fromhex(question.partition)))
                 return await self._search(request, asked, tenant)
         except TimeoutError:
             self._embedder.failed("late")

@@ -44,8 +44,8 @@ from balancer.core.semantic.words import (
 MAX_CHARS = 600
 MAX_PARTS = 40
 MAX_SENTENCES = 4
-# The form of what is kept; another one is never compared.
-FORM = 1
+# The form of what is kept, and of what is embedded; another one is never compared.
+FORM = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,18 @@ class Features:
 
     asks: tuple[str, ...]  # of each sentence: kind, tense, modality
     parts: tuple[Part, ...]
+
+    @property
+    def gist(self) -> str:
+        """What is asked, in the words of the groups: what is embedded. Wrapping, inflection and synonyms are gone.
+
+        With the question itself, two wordings of one thing are farther apart than two things in one wording; with its
+        gist they are all but equal, and what is left between two gists is a difference in content.
+        """
+        words = [asks.split(" ", 1)[0] for asks in self.asks]
+        for part in self.parts:
+            words += [part.marker, part.word] if part.marker else [part.word]
+        return " ".join(words)
 
     def hashed(self, key: bytes) -> Features:
         """The same with every word as a keyed hash (`key` of at most 64 bytes), so that none can be read back."""
