@@ -29,6 +29,7 @@ from balancer.intake import Intake
 from balancer.log import EventWriter, get_logger
 from balancer.metrics import Metrics
 from balancer.ops import OpsServer
+from balancer.pools import Pools
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
 from balancer.resume import Resumes
@@ -150,6 +151,7 @@ class App:
             verdict_s=settings.retry.verdict_s,
         )
         self.hedging = Hedging(settings.hedge, self.intake.rules, self.metrics)
+        self.pools = Pools(settings.upstream.max_connections_per_node, clock.now)
         self.attempts = Attempts(
             registry=self.registry,
             admission=self.admission,
@@ -158,8 +160,8 @@ class App:
             hedging=self.hedging,
             retry=settings.retry,
             limits=_answer_limits(settings, self.buffered),
+            pools=self.pools,
             connect_s=settings.timeouts.connect_s,
-            max_connections=settings.upstream.max_connections_per_node,
             metrics=self.metrics,
             clock=clock,
             wheel=self.wheel,
@@ -395,7 +397,7 @@ class App:
         for watcher in reversed(self._watchers):
             await watcher.close()
         await self.flights.close()
-        self.attempts.close()
+        self.pools.close()
         if self.semantic is not None:
             await self.semantic.close()
         await self.store.close()
@@ -478,7 +480,7 @@ class App:
         if self.watchdog is not None:
             self.watchdog.configure(new.timeouts.stall_s)
         self.registry.replace_all(new.nodes)
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
         self._settings = new
         fixed = self._needs_restart()
         log.info("settings.reloaded", nodes=len(self.registry.nodes), needs_restart=fixed)
@@ -487,12 +489,12 @@ class App:
     def put_node(self, config: NodeConfig) -> None:
         """Add or replace a node (admin API)."""
         self.registry.put(config, at_run_time=True)
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
 
     def remove_node(self, id_: NodeId) -> bool:
         """Remove a node (admin API); running requests finish."""
         removed = self.registry.remove(id_) is not None
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
         return removed
 
     def effective(self) -> dict[str, Any]:
@@ -509,7 +511,7 @@ class App:
             await self._clock.sleep(TICK_S)
             now = self._clock.now()
             self._lag_s = max(0.0, now - before_s - TICK_S)
-            self.attempts.sweep(now)
+            self.pools.sweep(now)
             self.admission.look_again()  # a node's rest or a breaker's time may be over, which nobody tells
             self.cache.purge(now)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from balancer.across import Followed, first_entry
 from balancer.admission import Admission
-from balancer.attempts import Attempt, Attempts, failure_of
+from balancer.attempts import Attempt, Attempts
 from balancer.cache import NO_PLAN, Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.collection import Collection
@@ -19,6 +19,7 @@ from balancer.core import cache_key
 from balancer.core.outcome import Fault, Outcome
 from balancer.core.request import CacheMode, InferenceRequest
 from balancer.errors import BalancerError, ClientError, Draining, RateLimited, Truncated
+from balancer.failures import failure_of
 from balancer.log import get_logger
 from balancer.passenger import Passenger
 from balancer.relay import ClientStream, Delivered, note_tokens
