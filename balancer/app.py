@@ -22,11 +22,12 @@ from balancer.core.node import NodeConfig
 from balancer.core.request import NodeId
 from balancer.core.routing import Routing, routing_of
 from balancer.explain import Ring
-from balancer.flight import Flights
+from balancer.flights import Flights
 from balancer.health_feed import HealthFeed
 from balancer.hedging import Hedging
 from balancer.intake import Intake
 from balancer.log import EventWriter, get_logger
+from balancer.meeting import Meeting
 from balancer.metrics import Metrics
 from balancer.ops import OpsServer
 from balancer.pools import Pools
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from balancer.semantic.service import SemanticCache
     from balancer.store.address import Address, Sentinels
     from balancer.store.cluster import ClusterStore
-    from balancer.store.flights import Board
     from balancer.store.redis import RedisStore
     from balancer.watchdog import Watchdog
 
@@ -180,7 +180,7 @@ class App:
             clock,
             self.buffered,
             settings.cache.coalesce,
-            self._make_board(),
+            self._make_meeting(),
         )
         self.proxy = Proxy(
             cache=self.cache,
@@ -303,7 +303,7 @@ class App:
         )
         return gossip, sharing
 
-    def _make_board(self) -> Board | None:
+    def _make_meeting(self) -> Meeting | None:
         """Where calls are shared with other balancers; there has to be a Redis that they share."""
         if self._settings.redis.url is None:
             return None
@@ -314,7 +314,7 @@ class App:
         where = parse(self._settings.redis.url)
         if isinstance(where, Cluster) or not isinstance(self.store, RedisStore):
             return None
-        return Board(self.store, where, self._clock)
+        return Meeting(Board(self.store, where, self._clock), self.cache, self._clock)
 
     def _make_semantic(self) -> SemanticCache | None:
         """The semantic cache, where it is asked for. Raises SettingsError for what it cannot work with."""

@@ -12,7 +12,7 @@ from balancer.core.request import CacheMode, InferenceRequest
 from balancer.embeddings import Embedder
 from balancer.errors import BalancerError, CacheMiss, NoEligibleNode, UpstreamFailed
 from balancer.explain import Call, Ring
-from balancer.flight import Flights
+from balancer.flights import Flights
 from balancer.log import EventWriter
 from balancer.metrics import CounterChild, Metrics
 from balancer.registry import Registry
