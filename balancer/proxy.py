@@ -19,7 +19,7 @@ from balancer.registry import Registry
 from balancer.relay import ClientStream
 from balancer.verdicts import Verdicts
 from balancer.wire.framing import DateHeader
-from balancer.wire.inbound import InboundRequest
+from balancer.wire.inbound_request import InboundRequest
 
 if TYPE_CHECKING:
     from balancer.semantic.service import SemanticCache
