@@ -6,35 +6,35 @@ import asyncio
 import contextlib
 import gc
 import signal
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
+from balancer import stores
 from balancer.admission import Admission
 from balancer.attempts import Attempts
 from balancer.auth import Auth
 from balancer.cache import ResponseCache
 from balancer.clock import Clock, SystemClock
-from balancer.core.cache_entry import OVERHEAD_BYTES
 from balancer.core.local_answers import LocalAnswers
 from balancer.core.node import NodeConfig
 from balancer.core.request import NodeId
 from balancer.core.routing import Routing, routing_of
 from balancer.explain import Ring
-from balancer.flight import Flights
+from balancer.flights import Flights
 from balancer.health_feed import HealthFeed
 from balancer.hedging import Hedging
 from balancer.intake import Intake
 from balancer.log import EventWriter, get_logger
 from balancer.metrics import Metrics
 from balancer.ops import OpsServer
+from balancer.pools import Pools
 from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
+from balancer.restart import needs_restart
 from balancer.resume import Resumes
 from balancer.server import DataPort
 from balancer.settings import Settings, SettingsError, masked
-from balancer.store import Store
 from balancer.store.memory import MemoryStore
 from balancer.verdicts import Verdicts
 from balancer.wire.answer import AnswerLimits
@@ -45,18 +45,10 @@ from balancer.wire.timers import TimerWheel
 
 if TYPE_CHECKING:
     from balancer.semantic.service import SemanticCache
-    from balancer.store.address import Address, Sentinels
-    from balancer.store.cluster import ClusterStore
-    from balancer.store.flights import Board
-    from balancer.store.redis import RedisStore
     from balancer.watchdog import Watchdog
 
 log = get_logger()
 
-# In this process, beside the answers: buckets of rate limits, and what else is kept without a Redis.
-FALLBACK_BYTES = 16 * 1024 * 1024
-# Of `cache.memory_bytes`, beside it, for vectors of single inputs where there is no Redis.
-VECTORS_SHARE = 0.25
 # How often the event loop's lateness is measured, and idle node connections are looked through.
 TICK_S = 0.5
 # What lay in the sockets when a signal came is read within this time, and counts as having come before it.
@@ -118,15 +110,15 @@ class App:
             rng=self._rng,
         )
         self.registry.configure(settings.routing, settings.outlier, adaptive=settings.queue.adaptive)
-        self.memory = MemoryStore(max_bytes=FALLBACK_BYTES, clock=clock)
-        self.store = self._make_store()
+        self.memory = stores.in_process(clock)
+        self.store = stores.open_store(settings, self.memory, self.metrics, clock)
         self.auth = Auth(settings.auth)
         self.intake = Intake(settings, self.registry, self.auth)
         self.cache = ResponseCache(
             settings.cache,
             local=LocalAnswers(settings.cache.memory_bytes),
             store=None if settings.redis.url is None else self.store,
-            vectors=self._make_vectors(),
+            vectors=stores.for_vectors(settings, self.store, clock),
             models=self.intake.rules,
             metrics=self.metrics,
             clock=clock,
@@ -150,6 +142,7 @@ class App:
             verdict_s=settings.retry.verdict_s,
         )
         self.hedging = Hedging(settings.hedge, self.intake.rules, self.metrics)
+        self.pools = Pools(settings.upstream.max_connections_per_node, clock.now)
         self.attempts = Attempts(
             registry=self.registry,
             admission=self.admission,
@@ -158,14 +151,13 @@ class App:
             hedging=self.hedging,
             retry=settings.retry,
             limits=_answer_limits(settings, self.buffered),
+            pools=self.pools,
             connect_s=settings.timeouts.connect_s,
-            max_connections=settings.upstream.max_connections_per_node,
             metrics=self.metrics,
             clock=clock,
             wheel=self.wheel,
             rng=self._rng,
         )
-        self.neighbours = self._make_neighbours()
         self._follow_fleet()
         self.semantic = self._make_semantic()
         date = DateHeader()
@@ -178,7 +170,7 @@ class App:
             clock,
             self.buffered,
             settings.cache.coalesce,
-            self._make_board(),
+            stores.open_meeting(settings, self.store, self.cache, clock),
         )
         self.proxy = Proxy(
             cache=self.cache,
@@ -201,6 +193,16 @@ class App:
             clock=clock,
             date=date,
             origins=frozenset(origin.encode() for origin in settings.cors.allow_origins),
+        )
+        self.neighbours = stores.open_neighbours(
+            settings,
+            registry=self.registry,
+            routing=lambda: self.attempts.routing,
+            cache=self.cache,
+            verdicts=self.verdicts,
+            metrics=self.metrics,
+            clock=clock,
+            rng=self._rng,
         )
         self.feed = HealthFeed(self.registry, settings.agents, clock, self._rng, self.metrics)
         self.ops = OpsServer(
@@ -242,77 +244,6 @@ class App:
             return routing_of(new.routing)
         self.attempts.routing.configure(new.routing)
         return self.attempts.routing
-
-    def _make_store(self) -> MemoryStore | RedisStore | ClusterStore:
-        settings = self._settings
-        if settings.redis.url is None:
-            return self.memory
-        from balancer.store.address import Cluster, parse
-        from balancer.store.cluster import ClusterStore
-        from balancer.store.redis import RedisStore
-
-        def open_one(address: Address | Sentinels, on_moved: Callable[[], None] | None = None) -> RedisStore:
-            return RedisStore(
-                address,
-                timeout_s=settings.redis.timeout_s,
-                clock=self._clock,
-                on_error=lambda op: self.metrics.store_errors.of(op).inc(),
-                on_moved=on_moved,
-                max_value_bytes=settings.cache.max_entry_bytes + OVERHEAD_BYTES,
-            )
-
-        where = parse(settings.redis.url)
-        if isinstance(where, Cluster):
-            return ClusterStore(where, open_shard=open_one, clock=self._clock)
-        return open_one(where)
-
-    def _make_vectors(self) -> Store:
-        """Where vectors of single inputs are kept: not among the rate limits' buckets, which they would push out."""
-        if not isinstance(self.store, MemoryStore):
-            return self.store
-        return MemoryStore(max_bytes=int(VECTORS_SHARE * self._settings.cache.memory_bytes), clock=self._clock)
-
-    def _make_neighbours(self) -> Sequence[Watcher]:
-        """What balancers tell each other needs a Redis between them."""
-        settings = self._settings
-        if settings.redis.url is None:
-            return ()
-        from balancer.gossip import Gossip
-        from balancer.sharing import Sharing
-        from balancer.store.channel import Channel, client_of
-
-        channel = Channel(
-            partial(client_of, settings.redis.url),
-            clock=self._clock,
-            rng=self._rng,
-            on_event=lambda topic, what: self.metrics.channel_messages.of(topic, what).inc(),
-        )
-        gossip = Gossip(channel, self.cache, self.verdicts)
-        if not settings.routing.share_interval_s:
-            return (gossip,)
-        sharing = Sharing(
-            channel,
-            self.registry,
-            lambda: self.attempts.routing,
-            self.metrics,
-            interval_s=settings.routing.share_interval_s,
-            clock=self._clock,
-            rng=self._rng,
-        )
-        return gossip, sharing
-
-    def _make_board(self) -> Board | None:
-        """Where calls are shared with other balancers; there has to be a Redis that they share."""
-        if self._settings.redis.url is None:
-            return None
-        from balancer.store.address import Cluster, parse
-        from balancer.store.flights import Board
-        from balancer.store.redis import RedisStore
-
-        where = parse(self._settings.redis.url)
-        if isinstance(where, Cluster) or not isinstance(self.store, RedisStore):
-            return None
-        return Board(self.store, where, self._clock)
 
     def _make_semantic(self) -> SemanticCache | None:
         """The semantic cache, where it is asked for. Raises SettingsError for what it cannot work with."""
@@ -395,7 +326,7 @@ class App:
         for watcher in reversed(self._watchers):
             await watcher.close()
         await self.flights.close()
-        self.attempts.close()
+        self.pools.close()
         if self.semantic is not None:
             await self.semantic.close()
         await self.store.close()
@@ -478,29 +409,26 @@ class App:
         if self.watchdog is not None:
             self.watchdog.configure(new.timeouts.stall_s)
         self.registry.replace_all(new.nodes)
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
         self._settings = new
-        fixed = self._needs_restart()
+        fixed = needs_restart(self._started_with, new)
         log.info("settings.reloaded", nodes=len(self.registry.nodes), needs_restart=fixed)
         return fixed
 
     def put_node(self, config: NodeConfig) -> None:
         """Add or replace a node (admin API)."""
         self.registry.put(config, at_run_time=True)
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
 
     def remove_node(self, id_: NodeId) -> bool:
         """Remove a node (admin API); running requests finish."""
         removed = self.registry.remove(id_) is not None
-        self.attempts.follow(self.registry.nodes)
+        self.pools.follow(self.registry.nodes)
         return removed
 
     def effective(self) -> dict[str, Any]:
         """The settings as last read, secrets masked, and which of them wait for a restart."""
-        return {**masked(self._settings), "needs_restart": self._needs_restart()}
-
-    def _needs_restart(self) -> list[str]:
-        return [name for name in RESTART_ONLY if _setting(self._started_with, name) != _setting(self._settings, name)]
+        return {**masked(self._settings), "needs_restart": needs_restart(self._started_with, self._settings)}
 
     async def _tick(self) -> None:
         """Housekeeping, and how late the loop runs it."""
@@ -509,46 +437,9 @@ class App:
             await self._clock.sleep(TICK_S)
             now = self._clock.now()
             self._lag_s = max(0.0, now - before_s - TICK_S)
-            self.attempts.sweep(now)
+            self.pools.sweep(now)
             self.admission.look_again()  # a node's rest or a breaker's time may be over, which nobody tells
             self.cache.purge(now)
-
-
-# Settings that are read once, at start. The others follow a reload; docs/configuration.md lists both.
-RESTART_ONLY = (
-    "listen",
-    "ops_listen",
-    "redis",
-    "breaker",
-    "health",
-    "agents",
-    "ops",
-    "cors",
-    "log",
-    "limits.store",
-    "limits.head_bytes",
-    "limits.body_bytes",
-    "limits.buffered_bytes",
-    "limits.head_timeout_s",
-    "limits.body_idle_s",
-    "cache.memory_bytes",
-    "cache.warmup_file",
-    "cache.warmup_key",
-    "cache.warmup_concurrency",
-    "cache.semantic.enabled",
-    "cache.semantic.embedder",
-    "cache.semantic.embeddings_url",
-    "cache.semantic.embeddings_model",
-    "cache.semantic.api_key",
-    "cache.semantic.model_dir",
-    "cache.semantic.max_entries",
-    "upstream.max_connections_per_node",
-    "routing.share_interval_s",
-)
-
-
-def _setting(settings: Settings, name: str) -> Any:
-    return reduce(getattr, name.split("."), settings)
 
 
 async def _wait_for(event: asyncio.Event, seconds: float) -> None:

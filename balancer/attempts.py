@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 from random import Random
 from types import TracebackType
 from typing import Self
@@ -16,41 +13,30 @@ from balancer.admission import Admission
 from balancer.clock import Clock
 from balancer.core.hedge import has_room
 from balancer.core.node import Node
-from balancer.core.outcome import MISCONFIGURED_STATUS, Again, Fault, Outcome
+from balancer.core.outcome import Again, Fault, Outcome
 from balancer.core.poison import DEATHS
 from balancer.core.request import BYTES_PER_TOKEN, InferenceRequest, NodeId
 from balancer.core.retry import GiveUp, Retry, RetryPlan, RetryPolicy
 from balancer.core.retry_budget import RetryBudget
 from balancer.core.routing import Routing
 from balancer.core.selection import Candidates
-from balancer.errors import (
-    BadAnswer,
-    BalancerError,
-    DeadlineExceeded,
-    FirstTokenTimeout,
-    NoEligibleNode,
-    NotFound,
-    RateLimited,
-    Truncated,
-    Unreachable,
-)
+from balancer.errors import BalancerError
 from balancer.explain import Call
+from balancer.failures import after_all, is_shown, no_node
 from balancer.hedging import LOST, Hedging
 from balancer.live import LiveAttempt, Slot
 from balancer.metrics import Metrics
+from balancer.pools import Pools
 from balancer.registry import Registry
 from balancer.verdicts import Verdicts
 from balancer.wire.answer import Answer, AnswerLimits
+from balancer.wire.framing import retry_after_s
 from balancer.wire.outbound import ConnectFailed, NodeConnection, NodePool
 from balancer.wire.sse import StreamScanner, scanner_for
 from balancer.wire.timers import TimerWheel
 
-# When no node may be asked, a client is told to come back after this long: health checks look every second.
-NO_NODE_RETRY_S = 1.0
-
-# A misconfigured node's answers that a client may see, when every node says so. Not 401, 403 or 407: the key they
-# speak of is ours; and no redirect, which would name an inside address.
-SHOWN_STATUS = MISCONFIGURED_STATUS - {401, 403, 407}
+# What counts against `RetryPolicy.max_attempts`.
+_COUNTED = frozenset(outcome.label for outcome in Outcome if outcome.ruling.again is Again.BUDGET)
 
 
 class Attempt(LiveAttempt):
@@ -122,8 +108,8 @@ class Attempts:
         hedging: Hedging,
         retry: RetryPolicy,
         limits: AnswerLimits,
+        pools: Pools,
         connect_s: float,
-        max_connections: int,
         metrics: Metrics,
         clock: Clock,
         wheel: TimerWheel,
@@ -136,14 +122,13 @@ class Attempts:
         self._hedging = hedging
         self._policy = retry
         self._limits = limits
+        self._pools = pools
         self._connect_s = connect_s
-        self._max_connections = max_connections
         self._metrics = metrics
         self._clock = clock
         self._wheel = wheel
         self._rng = rng
         self._budget = RetryBudget(retry.budget_ratio, retry.min_retries_per_s)
-        self._pools: dict[NodeId, tuple[str, NodePool, bytes]] = {}
         self._no_usage: set[NodeId] = set()  # nodes that refused `stream_options`
 
     def configure(self, routing: Routing, retry: RetryPolicy, limits: AnswerLimits, connect_s: float) -> None:
@@ -166,7 +151,7 @@ class Attempts:
             else:
                 attempt = await self._try(request, call)
         except _NobodyLeft as nobody:
-            raise self._nobody(request, nobody.candidates) from None
+            raise no_node(nobody.candidates, request.model, self._registry, self._clock.now()) from None
         if attempt.outcome is Outcome.OK or attempt.outcome is Outcome.REQUEST_ERROR:
             return attempt
         return await self._again(request, call, attempt)
@@ -273,6 +258,14 @@ class Attempts:
             self._metrics.retry_budget_exhausted.inc()
         return decision
 
+    def _passed_on(self, last: Attempt, request: InferenceRequest, call: Call) -> Attempt:
+        """The last failure as the client sees it: a node's own 4xx where all nodes say it, else an error."""
+        outcome, answer = last.outcome, last.answer
+        met = {label for _, label, _ in call.attempts}
+        if met == {outcome.label} and is_shown(outcome, answer.status) and not self.has_another(request):
+            return last
+        raise after_all(outcome, answer.message, met, request.model, self._registry, self._clock.now())
+
     def has_another(self, request: InferenceRequest) -> bool:
         """Whether some node is left to be tried: without one a retry is neither waited for nor paid."""
         candidates = self._registry.candidates(request.model, self._clock.now())
@@ -300,7 +293,7 @@ class Attempts:
             answer.on_first_token = attempt.first_token
             answer.may_commit = attempt.may_commit
         try:
-            pool, credentials = self._pool(node)
+            pool, credentials = self._pools.of(node)
             connection = pool.idle(now) or await self._connect(pool, attempt, request.deadline_s - now)
             if connection is not None:
                 self._send(attempt, request, connection, pool, credentials)
@@ -434,39 +427,6 @@ class Attempts:
             return True
         return False
 
-    def _pool(self, node: Node) -> tuple[NodePool, bytes]:
-        kept = self._pools.get(node.id)
-        if kept is not None and kept[0] == node.config.url:
-            return kept[1], kept[2]
-        if kept is not None:
-            kept[1].close()
-        pool = NodePool(
-            node.config.url,
-            max_connections=self._max_connections,
-            now=self._clock.now,
-        )
-        self._pools[node.id] = (node.config.url, pool, _credentials(node))
-        return pool, self._pools[node.id][2]
-
-    def follow(self, keep: Mapping[NodeId, Node]) -> None:
-        """Nodes came or went: idle connections of those that are gone are closed, credentials are read again."""
-        for id_ in list(self._pools):
-            if id_ not in keep:
-                self._pools.pop(id_)[1].close()
-            else:
-                url, pool, _ = self._pools[id_]
-                self._pools[id_] = (url, pool, _credentials(keep[id_]))
-
-    def sweep(self, now: float) -> None:
-        """Close connections that have been idle too long."""
-        for _, pool, _ in self._pools.values():
-            pool.sweep(now)
-
-    def close(self) -> None:
-        """Close what lies idle."""
-        for _, pool, _ in self._pools.values():
-            pool.close()
-
     def first_token(self, attempt: Attempt, now: float) -> None:
         """The first token of a stream came."""
         attempt.began(now, self._registry.slow_factor)
@@ -503,85 +463,3 @@ class Attempts:
             self._registry.blocked(node, rest_s, answer.status, now)
         self._metrics.attempts.of(node.id, outcome.label).value += 1
         attempt.call.attempts.append((node.id, outcome.label, now - attempt.started_s))
-
-    # -- how it ends when nothing worked
-
-    def _nobody(self, request: InferenceRequest, candidates: Candidates) -> BalancerError:
-        if candidates.serving == 0 and self._registry.model_unknown(request.model):
-            return NotFound(f"no node serves the model {request.model}", code="unknown_model", param="model")
-        if candidates.blocked_until_s is not None:
-            return self._pushed_back(request.model)
-        return NoEligibleNode("no node can take this request just now", retry_after_s=NO_NODE_RETRY_S)
-
-    def _pushed_back(self, model: str) -> BalancerError:
-        """Every node said so: with 429 alone it is the client's to slow down, else there is no room."""
-        now = self._clock.now()
-        resting = [node for node in self._registry.serving(model) if node.blocked_until_s > now]
-        wait_s = min((node.blocked_until_s - now for node in resting), default=NO_NODE_RETRY_S)
-        if resting and all(node.blocked_by == 429 for node in resting):
-            return RateLimited("every node asks for fewer requests", retry_after_s=wait_s)
-        return NoEligibleNode("every node is out of room", retry_after_s=wait_s)
-
-    def _passed_on(self, last: Attempt, request: InferenceRequest, call: Call) -> Attempt:
-        """The last failure as the client sees it: a node's own 4xx where all nodes say it, else an error."""
-        outcome, answer = last.outcome, last.answer
-        met = {label for _, label, _ in call.attempts}
-        all_say_so = met == {outcome.label} and not self.has_another(request)
-        if outcome in _NOT_THERE and all_say_so and answer.status in SHOWN_STATUS:
-            return last
-        if outcome is Outcome.BACK_PRESSURE:
-            if met == {outcome.label}:
-                raise self._pushed_back(call.model)
-            raise NoEligibleNode("no node could take this request just now", retry_after_s=NO_NODE_RETRY_S)
-        raise failure_of(outcome, answer.message, every=met <= _REFUSALS)
-
-
-def _credentials(node: Node) -> bytes:
-    key = node.config.api_key
-    return b"authorization: Bearer %b\r\n" % key.encode() if key else b""
-
-
-_COUNTED = frozenset(outcome.label for outcome in Outcome if outcome.ruling.again is Again.BUDGET)
-_NOT_THERE = (Outcome.MISCONFIGURED, Outcome.UNKNOWN_MODEL)
-_REFUSALS = frozenset({Outcome.REFUSED.label, Outcome.CONNECT_TIMEOUT.label})
-_TRUNCATIONS = frozenset(
-    {
-        Outcome.RESET_AFTER_HEAD,
-        Outcome.TRUNCATED,
-        Outcome.NO_FINISH_REASON,
-        Outcome.NO_GOOD_END,
-        Outcome.IDLE_TIMEOUT,
-        Outcome.WEDGED,
-    }
-)
-
-
-def failure_of(outcome: Outcome, message: str | None = None, *, every: bool = False) -> BalancerError:
-    """The error that a failed attempt is to the client. Names no node and no address."""
-    if every and outcome.label in _REFUSALS:
-        return NoEligibleNode("no node accepts connections just now", retry_after_s=NO_NODE_RETRY_S)
-    if outcome is Outcome.DEADLINE:
-        return DeadlineExceeded("the deadline passed before the answer was complete")
-    if outcome is Outcome.FIRST_BYTE_TIMEOUT:
-        return FirstTokenTimeout("the node sent nothing in time")
-    if outcome is Outcome.UNARY_TIMEOUT:
-        return FirstTokenTimeout("the node did not answer in time")
-    if outcome in (Outcome.RESET_BEFORE_HEAD, Outcome.STALE_CONNECTION) or outcome.label in _REFUSALS:
-        return Unreachable("the node could not be reached, or closed the connection before it answered")
-    if outcome in _TRUNCATIONS:
-        return Truncated("the answer broke off")
-    told = f": {message}" if message else ""
-    return BadAnswer(f"the node did not give a good answer ({outcome.label}){told}")
-
-
-def retry_after_s(value: bytes | None, wall_s: float) -> float | None:
-    """Seconds that a Retry-After header asks for (a number, or a date); None when there is none to be read."""
-    if value is None:
-        return None
-    text = value.decode("latin-1").strip()
-    try:
-        if text[:1].isdigit():
-            return float(text) if math.isfinite(float(text)) else None
-        return max(0.0, parsedate_to_datetime(text).timestamp() - wall_s)
-    except (ValueError, TypeError):
-        return None

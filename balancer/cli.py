@@ -54,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="why a request went where it went")
     explain.add_argument("request_id", metavar="REQUEST_ID", help="the answer's X-Request-Id")
-    explain.add_argument("--ops", default="127.0.0.1:8081", metavar="HOST:PORT", help="operations port")
-    explain.add_argument("--key-file", metavar="FILE", help="file with the admin key, where one is set")
+    _add_ops(explain)
     explain.add_argument("--json", action="store_true", help="print it as the admin API tells it")
     explain.set_defaults(run=_explain)
 
@@ -73,24 +72,26 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = commands.add_parser("cache", help="look into a balancer's cache").add_subparsers(required=True)
     top = cache.add_parser("top", help="the answers that were asked for most")
-    top.add_argument("--ops", default="http://127.0.0.1:8081", help="operations port (default http://127.0.0.1:8081)")
     top.add_argument("--count", type=_count, default=20, metavar="N", help="how many (default 20)")
     top.add_argument("--export", metavar="FILE", help="write their requests as a file for warmup (cache.keep_requests)")
-    top.add_argument("--key-file", metavar="FILE", help="file with the admin key")
     top.set_defaults(run=_cache_top)
     report = cache.add_parser("report", help="lookups, hits, estimated error with its confidence, samples")
     report.set_defaults(run=_cache_report)
     kill = cache.add_parser("kill", help="remove one answer for every wording, and trust its neighbours less")
     kill.add_argument("key", metavar="KEY", help="the entry's key, as the report gives it")
     kill.set_defaults(run=_cache_kill)
-    for call in (report, kill):
-        call.add_argument("--ops", default="127.0.0.1:8081", metavar="HOST:PORT", help="operations port")
-        call.add_argument("--key-file", metavar="FILE", help="file with the admin key, where one is set")
+    for call in (top, report, kill):
+        _add_ops(call)
 
     new_key = commands.add_parser("new-key", help="make an API key")
     new_key.add_argument("--tenant", required=True, metavar="NAME")
     new_key.set_defaults(run=_new_key)
     return parser
+
+
+def _add_ops(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ops", default="127.0.0.1:8081", metavar="HOST:PORT", help="operations port, or its URL")
+    command.add_argument("--key-file", metavar="FILE", help="file with the admin key, where one is set")
 
 
 def _count(text: str) -> int:
@@ -224,6 +225,25 @@ def _explain(args: argparse.Namespace) -> None:
     print(json.dumps(told, indent=2) if args.json else table(told))
 
 
+def _cache_top(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from balancer.warmup import export_line
+
+    query = f"count={min(args.count, 1000)}&requests={'true' if args.export else 'false'}"
+    top = _asked(args, "GET", f"/admin/cache/top?{query}", args.ops)["top"]
+    print(f"{'hits':>9} {'bytes':>9} {'saved s':>9}  {'tenant':<16} {'model':<24} key")
+    for one in top:
+        told = f"{one['hits']:>9} {one['bytes']:>9} {one['saved_s']:>9.1f}"
+        print(f"{told}  {one['tenant']:<16} {one['model']:<24} {one['key']}")
+    if args.export:
+        lines = [export_line(one) for one in top if "body" in one]
+        Path(args.export).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        print(f"{len(lines)} of {len(top)} requests written to {args.export}", file=sys.stderr)
+        if top and not lines:
+            print("requests are kept only with cache.keep_requests: true", file=sys.stderr)
+
+
 def _cache_report(args: argparse.Namespace) -> None:
     from balancer.cache_report import written
 
@@ -238,23 +258,28 @@ def _cache_kill(args: argparse.Namespace) -> None:
 
 
 def _asked(args: argparse.Namespace, method: str, path: str, what: str) -> Any:
-    """What a running balancer's operations port says, as JSON; exits where it says nothing, or refuses."""
+    """What the operations port answers, as `--ops` and `--key-file` say; without an answer the program ends.
+
+    `what` is what its refusal speaks of.
+    """
     import http.client
     import json
-    from pathlib import Path
+    from urllib.parse import urlsplit
 
     from balancer.settings import split_address
 
-    headers = {}
+    key = _read_key(args.key_file)
     try:
-        host, port = split_address(args.ops)
-        if args.key_file:
-            headers["Authorization"] = f"Bearer {Path(args.key_file).read_text(encoding='utf-8').strip()}"
-    except (OSError, ValueError) as error:
-        _fail(str(error), 2)
-    connection = http.client.HTTPConnection(host, port, timeout=ASK_S)
+        if "://" not in args.ops:
+            split_address(args.ops)
+        url = urlsplit(args.ops if "://" in args.ops else f"http://{args.ops}")
+        connect = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+        connection = connect(url.hostname or "", url.port, timeout=ASK_S)
+    except ValueError as error:
+        _fail(f"--ops: {error}", 2)
     try:
-        connection.request(method, path, headers=headers)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        connection.request(method, url.path.rstrip("/") + path, headers=headers)
         answer = connection.getresponse()
         told = json.loads(answer.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -294,37 +319,6 @@ def _warm_up(args: argparse.Namespace) -> None:
     print(summary)
     if summary.failed:
         _fail(f"the first failure: {summary.first_failure}", 1)
-
-
-def _cache_top(args: argparse.Namespace) -> None:
-    import json
-    from pathlib import Path
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
-    from balancer.warmup import export_line
-
-    key = _read_key(args.key_file)
-    query = f"count={min(args.count, 1000)}&requests={'true' if args.export else 'false'}"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        request = Request(f"{args.ops.rstrip('/')}/admin/cache/top?{query}", headers=headers)
-        with urlopen(request, timeout=30) as answer:
-            top = json.load(answer)["top"]
-    except HTTPError as error:
-        _fail(f"{args.ops}: {error.code} {error.read(500).decode('utf-8', 'replace')}", 1)
-    except (URLError, ValueError, OSError) as error:
-        _fail(f"{args.ops}: {getattr(error, 'reason', error)}", 1)
-    print(f"{'hits':>9} {'bytes':>9} {'saved s':>9}  {'tenant':<16} {'model':<24} key")
-    for one in top:
-        told = f"{one['hits']:>9} {one['bytes']:>9} {one['saved_s']:>9.1f}"
-        print(f"{told}  {one['tenant']:<16} {one['model']:<24} {one['key']}")
-    if args.export:
-        lines = [export_line(one) for one in top if "body" in one]
-        Path(args.export).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        print(f"{len(lines)} of {len(top)} requests written to {args.export}", file=sys.stderr)
-        if top and not lines:
-            print("requests are kept only with cache.keep_requests: true", file=sys.stderr)
 
 
 def _simulate(args: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from balancer.clock import Clock
 from balancer.core import embeddings, json_splice
 from balancer.core.request import CacheMode, InferenceRequest
 from balancer.errors import BalancerError
-from balancer.flight import STORE_S, Flights
+from balancer.flights import Flights
+from balancer.meeting import STORE_S
 from balancer.relay import ClientStream, Delivered
 
 # Vectors are not put together beyond this size: reading and writing a megabyte of numbers takes about 10 ms.

@@ -10,38 +10,28 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from balancer.across import Followed, first_entry
-from balancer.admission import Admission
-from balancer.attempts import Attempt, Attempts, failure_of
-from balancer.cache import NO_PLAN, Plan, ResponseCache
+from balancer.attempts import Attempt, Attempts
+from balancer.cache import Plan, ResponseCache
 from balancer.clock import Clock
 from balancer.collection import Collection
-from balancer.core import cache_key
 from balancer.core.outcome import Fault, Outcome
-from balancer.core.request import CacheMode, InferenceRequest
-from balancer.errors import BalancerError, ClientError, Draining, RateLimited, Truncated
-from balancer.log import get_logger
+from balancer.core.request import InferenceRequest
+from balancer.errors import BalancerError, ClientError, RateLimited
+from balancer.failures import failure_of
 from balancer.passenger import Passenger
 from balancer.relay import ClientStream, Delivered, note_tokens
 from balancer.resume import COMMENT, Kept, Rest, Resumes
-from balancer.settings import CoalesceConfig
-from balancer.store.entries import BAD, BEGIN, DATA, END, GOOD, RENEW_S, Entry
+from balancer.store.entries import BEGIN, DATA, Entry
 from balancer.wire.answer import Answer
 from balancer.wire.buffered import Buffered
 from balancer.wire.sse import all_parse
 
 if TYPE_CHECKING:
-    from balancer.store.flights import Board, Lease
+    from balancer.store.flights import Lease
 
 # Who joins late is sent what came so far in one piece, at most this much (see `passenger.BEHIND_BYTES`). A flight
 # that has gone further is joined by nobody.
 JOIN_BYTES = 768 * 1024
-
-# Look-up and claim together wait no longer than this for Redis: a rate limit's 10 ms come on top.
-STORE_S = 0.02
-# Calls of other balancers that a flight waits for before it makes its own.
-FOLLOWED = 2
-
-log = get_logger()
 
 
 class Flight:
@@ -460,237 +450,3 @@ def _with_withheld(body: bytes, withheld: list[bytes]) -> bytes:
         return body
     end = body.rfind(b"data: [DONE]")
     return body + b"".join(withheld) if end < 0 else body[:end] + b"".join(withheld) + body[end:]
-
-
-# Requests that may share a flight: the name of their answer, and the form in which they want it.
-Key = tuple[str, bool, bool]
-
-
-class Flights:
-    """Begins flights, each with its admission; where equal requests meet."""
-
-    __slots__ = (
-        "_admission",
-        "_attempts",
-        "_board",
-        "_buffered",
-        "_cache",
-        "_clock",
-        "_config",
-        "_flights",
-        "_resumes",
-    )
-
-    def __init__(
-        self,
-        admission: Admission,
-        attempts: Attempts,
-        cache: ResponseCache,
-        resumes: Resumes,
-        clock: Clock,
-        buffered: Buffered,
-        config: CoalesceConfig,
-        board: Board | None,
-    ) -> None:
-        self._admission = admission
-        self._attempts = attempts
-        self._cache = cache
-        self._resumes = resumes
-        self._clock = clock
-        self._buffered = buffered
-        self._config = config
-        self._board = board  # where other balancers are met, if they are
-        self._flights: dict[Key, Flight] = {}  # that may be joined
-
-    def sizes(self) -> list[int]:
-        """How many clients each flight has that may be joined, the oldest first."""
-        return [len(flight) for flight in self._flights.values()]
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether other balancers wait for a call that is made here."""
-        return any(flight.is_wanted for flight in self._flights.values())
-
-    async def close(self) -> None:
-        """End what only other balancers still want, and let go of connections."""
-        for flight in self._flights.values():
-            flight.cancel()
-        await asyncio.sleep(0)
-        if self._board is not None:
-            await self._board.close()
-
-    def configure(self, config: CoalesceConfig) -> None:
-        """New settings, for requests that come from now on."""
-        self._config = config
-
-    def may_join(self, request: InferenceRequest, plan: Plan) -> bool:
-        """Whether an equal call is in flight that this request would join."""
-        if plan.name is None or not self._config.enabled:
-            return False
-        there = self._flights.get((plan.name, request.stream, request.wants_usage))
-        return there is not None and there.may_be_joined(request)
-
-    async def fly(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> None:
-        """Join an equal call in flight; else admit the request and make the call. Deliver it.
-
-        Raises BalancerError while nothing is out.
-        """
-        if plan.name is None or not self._config.enabled:
-            await self._make(self._new(request, plan, client))
-            return
-        key = (plan.name, request.stream, request.wants_usage)
-        there = self._flights.get(key)
-        fresh = request.wishes.cache_mode is CacheMode.REFRESH
-        if there is not None and there.may_be_joined(request) and not fresh:
-            self._cache.bound_hits(request.tenant.id)
-            await there.join(request, client).ride()
-            return
-        flight = self._flights[key] = self._new(request, plan, client)
-        name = None
-        if self._board is not None and self._config.across and there is None and not fresh:
-            form = f"{'s' if request.stream else 'u'}{request.wants_usage:d}{request.wishes.priority.value}"
-            name = cache_key.flight_name(cache_key.digest_of(plan.name), form)
-        try:
-            await self._carry(flight, plan, name)
-        finally:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-            if flight.is_shared:
-                flight.disband()
-
-    async def fly_alone(self, request: InferenceRequest, client: ClientStream) -> None:
-        """Make a call that is neither shared nor kept. Raises BalancerError while nothing is out."""
-        await self._make(self._new(request, NO_PLAN, client))
-
-    async def _carry(self, flight: Flight, plan: Plan, name: str | None) -> None:
-        """Lead; where that fails before anything was handed on and others wait, one of them leads once more.
-
-        Raises only while nobody shares the flight: passengers are told by it.
-        """
-        try:
-            try:
-                if name is None:
-                    await self._make(flight)
-                else:
-                    await self._meet(flight, plan, name)
-            except BalancerError as error:
-                if not flight.lead_again(error):
-                    raise
-                await self._make(flight)
-        except BalancerError as error:
-            if not flight.is_shared:
-                raise
-            flight.fail(error)
-        except asyncio.CancelledError:
-            if not flight.is_shared:
-                raise
-            flight.fail(Draining("this balancer was shut down before the answer was complete"))
-        except Exception:
-            if not flight.is_shared:
-                raise
-            log.exception("flight.crashed", request_id=flight.call.id)
-            flight.fail(BalancerError("an internal error; the log has the request's id"))
-
-    # -- among balancers
-
-    async def _meet(self, flight: Flight, plan: Plan, name: str) -> None:
-        """Have what another balancer's equal call gives, or make the call and let others have it."""
-        board, call = self._board, flight.call
-        assert board is not None
-        token = board.new_token()
-        holder = await self._claim(flight, name, token, STORE_S - call.store_s)
-        if holder:
-            self._cache.bound_hits(flight.request.tenant.id)
-            flight.share()
-            result, call.cache = call.cache, "coalesced"
-            for _ in range(FOLLOWED):
-                is_over, holder = await self._follow(flight, plan, name, token, holder)
-                if is_over:
-                    return
-                if not holder:
-                    break
-            call.cache = result
-        if holder is None or holder:
-            await self._make(flight)
-            return
-        lease = board.lease(name, token, flight)
-        flight.hold(lease)
-        try:
-            await self._make(flight)
-        finally:
-            flight.hold(None)
-            lease.end(GOOD if flight.is_good else BAD)
-
-    async def _claim(self, flight: Flight, name: str, token: str, within_s: float) -> str | None:
-        assert self._board is not None
-        wanted_s = flight.request.deadline_s - self._clock.now()
-        return await self._board.claim(name, token, wanted_s=wanted_s, within_s=within_s)
-
-    async def _follow(self, flight: Flight, plan: Plan, name: str, token: str, holder: str) -> tuple[bool, str | None]:
-        """Hand on what the holder's flight gives: whether all is done, and else who holds it now, as `Board.claim`.
-
-        Nothing is done where its call failed before anything was handed on, or its balancer or Redis died till then.
-        """
-        board = self._board
-        assert board is not None
-        after, said_s = 0, self._clock.now()
-        now_held: str | None = holder
-        while True:
-            await flight.is_read()
-            entries = await board.read(name, holder, after, wait=now_held == holder)
-            for entry in entries or ():
-                after = entry.number
-                if not flight.take(entry, self._clock.now()):
-                    return await self._ended(flight, plan, name, token, entry)
-            if entries is None:
-                now_held = None
-            if now_held != holder and not entries:
-                break
-            if now_held == holder and self._clock.now() - said_s >= RENEW_S:
-                said_s = self._clock.now()
-                now_held = await self._claim(flight, name, token, STORE_S)  # what the old one said last comes first
-        if flight.has_begun:
-            flight.follow_to_end(Truncated("the answer broke off"))
-        elif now_held is None or not await self._deliver_stored(flight, plan):  # it may have ended without a word
-            return False, now_held
-        board.end(name, token, 1, GOOD)
-        return True, None
-
-    async def _ended(self, flight: Flight, plan: Plan, name: str, token: str, last: Entry) -> tuple[bool, str | None]:
-        """Another's flight is over. Where nothing was handed on, its answer is a stored one."""
-        assert self._board is not None
-        is_good = last.kind == END and last.data == GOOD
-        if flight.has_begun:
-            flight.follow_to_end(None if is_good else Truncated("the answer broke off"))
-        elif not (is_good and await self._deliver_stored(flight, plan)):
-            return False, await self._claim(flight, name, token, STORE_S)
-        self._board.end(name, token, 1, GOOD)  # in case it was taken over meanwhile
-        return True, None
-
-    async def _deliver_stored(self, flight: Flight, plan: Plan) -> bool:
-        hit = await self._cache.lookup(plan, flight.request)
-        if hit is None:
-            return False
-        kind, size = hit.content_type.decode("latin-1"), len(hit.body)
-        answer = Followed(kind, "", size, is_stream=hit.stream, now=self._clock.now())
-        flight.follow_whole(answer, hit.body)
-        return True
-
-    def _new(self, request: InferenceRequest, plan: Plan, client: ClientStream) -> Flight:
-        shell = (self._attempts, self._cache, self._resumes, self._clock, self._buffered)
-        return Flight(*shell, request, plan, client)
-
-    async def _make(self, flight: Flight) -> None:
-        """Admit the request in whose name the flight is made, and make the call."""
-        request, call = flight.request, flight.call
-        admitted = await self._admission.admit(request, call)
-        flight.client.lines += admitted.lines
-        try:
-            if await flight.run() is Outcome.OK:
-                self._attempts.succeeded(request)
-        finally:
-            admitted.leave()
-            if flight.tokens is not None:
-                self._admission.used(request, admitted, *flight.tokens)
-            elif not call.node:
-                self._admission.used(request, admitted, 0, 0)  # no node worked for it: the estimate goes back

@@ -25,7 +25,7 @@ from balancer.errors import BadRequest, ClientError
 from balancer.registry import Registry
 from balancer.settings import ModelRule, Settings
 from balancer.wire.framing import SAFE_VALUE, connection_tokens, header_lines, media_type
-from balancer.wire.inbound import InboundRequest
+from balancer.wire.inbound_request import InboundRequest
 
 # Client headers that go to nodes by name; `anthropic-*` and `openai-*` go by prefix (contract, "Bodies and headers").
 _FORWARDED = frozenset({b"content-type", b"accept", b"user-agent", b"traceparent", b"tracestate", b"baggage"})

@@ -12,14 +12,14 @@ from balancer.core.request import CacheMode, InferenceRequest
 from balancer.embeddings import Embedder
 from balancer.errors import BalancerError, CacheMiss, NoEligibleNode, UpstreamFailed
 from balancer.explain import Call, Ring
-from balancer.flight import Flights
+from balancer.flights import Flights
 from balancer.log import EventWriter
 from balancer.metrics import CounterChild, Metrics
 from balancer.registry import Registry
 from balancer.relay import ClientStream
 from balancer.verdicts import Verdicts
 from balancer.wire.framing import DateHeader
-from balancer.wire.inbound import InboundRequest
+from balancer.wire.inbound_request import InboundRequest
 
 if TYPE_CHECKING:
     from balancer.semantic.service import SemanticCache

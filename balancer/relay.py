@@ -17,7 +17,7 @@ from balancer.errors import BadAnswer, BalancerError, ClientError, Draining
 from balancer.explain import Call
 from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
-from balancer.wire.inbound import Flow, InboundRequest
+from balancer.wire.inbound_request import Flow, InboundRequest
 from balancer.wire.refusal import error_body, error_event, retry_after
 from balancer.wire.sse import MESSAGE_CHARS
 

@@ -22,7 +22,8 @@ from balancer.proxy import Journal, Proxy
 from balancer.registry import Registry
 from balancer.wire.buffered import Buffered
 from balancer.wire.framing import SAFE_VALUE, DateHeader, status_line
-from balancer.wire.inbound import InboundConnection, InboundLimits, InboundRequest
+from balancer.wire.inbound import InboundConnection, InboundLimits
+from balancer.wire.inbound_request import InboundRequest
 from balancer.wire.refusal import error_body, retry_after
 from balancer.wire.timers import TimerWheel
 

@@ -6,7 +6,7 @@ import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from random import Random
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from balancer.core import prompt_blocks
 from balancer.core.books import OTHERS_DECAY_S, Outstanding, Sent, Work
@@ -61,17 +61,22 @@ class Pick(NamedTuple):
     outstanding: Sequence[int] = ()  # our requests in flight at each
 
 
-class Routing(Protocol):
-    """Picks nodes, and is told what became of the picks. Every `dispatched` is followed by exactly one `ended`."""
+class Routing:
+    """Picks nodes, and is told what became of the picks. Every `dispatched` is followed by exactly one `ended`.
+
+    One that learns nothing from what it is told has nothing but `pick`.
+    """
 
     def configure(self, policy: RoutingPolicy) -> None:
         """New settings of the same policy; what was learned stays."""
 
     def pick(self, candidates: Candidates, request: InferenceRequest, now: float, rng: Random) -> Node | None:
         """A candidate that has room and was not tried; None when there is none. `request.picked` says why."""
+        raise NotImplementedError
 
     def dispatched(self, node: Node, request: InferenceRequest, now: float) -> Sent | None:
-        """The request goes to the node, in the same step as the pick."""
+        """The request goes to the node, in the same step as the pick; None: nothing is kept of it."""
+        return None
 
     def first_token(self, node: Node, sent: Sent | None, now: float) -> None:
         """The first token of a stream came."""
@@ -89,6 +94,7 @@ class Routing(Protocol):
 
     def take_placements(self) -> Sequence[Placement] | None:
         """The prompts placed since this was last asked, oldest first; None: this routing has nothing to share."""
+        return None
 
     def placed(self, node: Node, blocks: Sequence[int], now: float) -> None:
         """Another balancer sent a prompt with these blocks to the node."""
@@ -98,17 +104,15 @@ class Routing(Protocol):
 
     def prices(self, nodes: Sequence[Node], now: float) -> list[Explanation]:
         """What a nominal request would cost at each node now; empty for a policy that has no prices."""
+        return []
 
 
-class ScoredRouting:
+class ScoredRouting(Routing):
     """The policies that compare scores and learn nothing of their own."""
 
     def __init__(self, name: PolicyName, choose: Choose) -> None:
         self._name = name
         self._choose = choose
-
-    def configure(self, policy: RoutingPolicy) -> None:
-        pass
 
     def pick(self, candidates: Candidates, request: InferenceRequest, now: float, rng: Random) -> Node | None:
         tried = request.tried
@@ -116,37 +120,8 @@ class ScoredRouting:
         request.picked = _pick_of(self._name, candidates, tried, node, compared, now)
         return node
 
-    def dispatched(self, node: Node, request: InferenceRequest, now: float) -> Sent | None:
-        return None
 
-    def first_token(self, node: Node, sent: Sent | None, now: float) -> None:
-        pass
-
-    def ended(
-        self, node: Node, sent: Sent | None, request: InferenceRequest, outcome: Outcome, used: Used, now: float
-    ) -> None:
-        pass
-
-    def reported(self, node: Node, report: NodeReport, at_s: float, now: float) -> None:
-        pass
-
-    def forget(self, id_: NodeId) -> None:
-        pass
-
-    def take_placements(self) -> Sequence[Placement] | None:
-        return None
-
-    def placed(self, node: Node, blocks: Sequence[int], now: float) -> None:
-        pass
-
-    def others(self, node: Node, outstanding: Outstanding, now: float) -> None:
-        pass
-
-    def prices(self, nodes: Sequence[Node], now: float) -> list[Explanation]:
-        return []
-
-
-class PrefixRouting(ScoredRouting):
+class PrefixRouting(Routing):
     """Affinity as a rule (`prefix_first`), beside an index of who was sent what."""
 
     def __init__(self) -> None:
@@ -229,7 +204,7 @@ class Sessions:
             self._nodes.popitem(last=False)
 
 
-class PredictedRouting:
+class PredictedRouting(Routing):
     """Least predicted cost: what the books, the prefix index and the expectations say together."""
 
     def __init__(self, policy: CostPolicy | None = None) -> None:

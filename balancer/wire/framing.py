@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from http import HTTPStatus
 
 STATUS_LINES = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode()) for status in HTTPStatus}
@@ -35,6 +36,19 @@ def header_lines(headers: Headers) -> bytes:
 def connection_tokens(value: bytes) -> frozenset[bytes]:
     """The lower-case names listed in a Connection header."""
     return frozenset(token.strip().lower() for token in value.split(b","))
+
+
+def retry_after_s(value: bytes | None, wall_s: float) -> float | None:
+    """Seconds that a Retry-After header asks for (a number, or a date); None when there is none to be read."""
+    if value is None:
+        return None
+    text = value.decode("latin-1").strip()
+    try:
+        if text[:1].isdigit():
+            return float(text) if math.isfinite(float(text)) else None
+        return max(0.0, parsedate_to_datetime(text).timestamp() - wall_s)
+    except (ValueError, TypeError):
+        return None
 
 
 def media_type(content_type: bytes) -> bytes:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import node_agent.settings as agent
-from balancer.app import RESTART_ONLY
 from balancer.core.node import NodeConfig
+from balancer.restart import RESTART_ONLY
 from balancer.settings import SECRETS, KeyConfig, ModelRule, Settings, SettingsError, load
 from tests.contract.markdown import code_blocks, page, tables, ticked
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from balancer import embeddings, flight
+from balancer import embeddings, meeting
 from balancer.store.redis import RedisStore
 from loadtest.fake_node import FakeNode
 from tests.harness import Balancer, running
@@ -43,7 +43,7 @@ def patient_redis(monkeypatch: pytest.MonkeyPatch) -> None:
         made(self, url, **{**settings, "timeout_s": 5.0})
 
     monkeypatch.setattr(RedisStore, "__init__", patient)
-    monkeypatch.setattr(flight, "STORE_S", 5.0)
+    monkeypatch.setattr(meeting, "STORE_S", 5.0)
     monkeypatch.setattr(embeddings, "STORE_S", 5.0)
 
 

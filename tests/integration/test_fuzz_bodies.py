@@ -21,7 +21,7 @@ from balancer.metrics import Metrics
 from balancer.registry import Registry
 from balancer.server import ENDPOINTS
 from balancer.settings import Settings
-from balancer.wire.inbound import InboundRequest
+from balancer.wire.inbound_request import InboundRequest
 
 SETTINGS = Settings(
     nodes=({"url": "http://127.0.0.1:9", "models": ["m"]},),  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.errors import BalancerError
-from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits, InboundRequest
+from balancer.wire.inbound import Buffered, InboundConnection, InboundLimits
+from balancer.wire.inbound_request import InboundRequest
 from balancer.wire.timers import TimerWheel
 
 SEEDS = [
