@@ -314,6 +314,7 @@ class Flight:
     def disband(self) -> None:
         """It is over."""
         self._subscribers = []
+        self._collected.drop()  # of another balancer's answer: `_relay` sees to its own
 
     @property
     def _passengers(self) -> list[Passenger]:
