@@ -252,7 +252,8 @@ class ClientStream:
                     sent = end
         except TimeoutError:
             if not flow.going.is_set():
-                return self.fail(DeadlineExceeded("the deadline passed before the answer was read"))
+                self.fail(DeadlineExceeded("the deadline passed before the answer was read"))
+                return
             self.write(hit.body[sent:])
         self.end()
 
