@@ -130,6 +130,16 @@ class Admission:
             except (RateLimited, CapacityError):
                 usage.refused += 1
                 raise
+        try:
+            await self._enter_tenant(request, call, rates, usage)
+        except BaseException:
+            if admitted.charged_tokens:
+                self.used(request, admitted, 0, 0)  # no node will work for it
+            raise
+        return admitted
+
+    async def _enter_tenant(self, request: InferenceRequest, call: Call, rates: Rates, usage: Usage) -> None:
+        """Count it among its tenant's in flight, and take a slot of its model."""
         if rates.max_in_flight is not None and usage.in_flight >= rates.max_in_flight:
             usage.refused += 1
             self._metrics.shed.of("tenant_in_flight").inc()
@@ -145,7 +155,6 @@ class Admission:
         except BaseException:
             usage.in_flight -= 1
             raise
-        return admitted
 
     def used(self, request: InferenceRequest, admitted: Admitted, prompt: int, completion: int) -> None:
         """What the answer cost in tokens: the estimate taken on the way in is put right."""

@@ -34,7 +34,7 @@ REFUSALS = frozenset({400, 413, 422})
 REFUSAL_BYTES = 4 * 1024 * 1024
 # Larger bodies are compressed, signed and read in a thread: 64 KiB of prose take 0.6 ms.
 THREAD_BYTES = 64 * 1024
-# Names remembered of requests that were hits, and how large their bodies are at most: 16 MiB in all. A hit without
+# Names remembered of requests that were hits, and how large body and head are at most: 16 MiB in all. A hit without
 # parsing, sorting and hashing for its name costs a quarter less.
 REMEMBERED_NAMES, REMEMBERED_BYTES = 2048, 8 * 1024
 # Expired answers let go of at once, between requests: 1 ms.
@@ -156,7 +156,7 @@ class ResponseCache:
             return Plan(None, False, False, 0.0, reason, refusable=refusable)
         scope = None if config.shared_between_tenants else request.tenant.id
         name, asked = None, None
-        if len(request.body) <= REMEMBERED_BYTES:
+        if len(request.body) + len(request.head_lines) + len(request.target) <= REMEMBERED_BYTES:
             revision = rule.revision if rule is not None else None
             asked = (request.body, request.forward, request.model, request.target, scope, revision)
             name = self._names.get(asked)

@@ -23,6 +23,8 @@ class Collection:
     def add(self, data: bytes, at_s: float) -> None:
         """More of the answer, read at `at_s`."""
         size = len(data)
+        if not size:
+            return  # nothing to be counted, and so nothing to be let go of
         if self.size + size > self._max_bytes:
             self.drop()
             return

@@ -241,7 +241,8 @@ class Flight:
         passenger = Passenger(self, self.client, self.request, self._clock)
         self._subscribers[0] = passenger
         self._is_stopped = passenger.is_behind
-        self._task = self.client.hand_over(passenger.ride_on())
+        plan, request = self._plan, self.request
+        self._task = self.client.hand_over(passenger.ride_on(lambda: self._cache.stale(plan, request)))
 
     def _last_until(self, deadline_s: float) -> None:
         if deadline_s > self.request.deadline_s:
@@ -304,6 +305,7 @@ class Flight:
     def disband(self) -> None:
         """It is over."""
         self._subscribers = []
+        self._collected.drop()  # of another balancer's answer: `_relay` sees to its own
 
     @property
     def _passengers(self) -> list[Passenger]:

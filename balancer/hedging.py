@@ -65,12 +65,14 @@ class Hedging:
         With none good the first attempt's failure stands. The loser is cancelled before this returns.
         """
         tasks = [asyncio.ensure_future(attempt())]
+        chosen: asyncio.Future[A] | None = None
         reason = None
         try:
             await asyncio.wait(tasks, timeout=delay_s)
             if tasks[0].done() or not may_hedge():
                 await asyncio.wait(tasks)
-                return tasks.pop().result()
+                chosen = tasks[0]
+                return chosen.result()
             tasks.append(asyncio.ensure_future(attempt()))
             while pending := [task for task in tasks if not task.done()]:
                 await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -78,16 +80,32 @@ class Hedging:
                     if _is_good(task):
                         self._metrics.hedges.of(won).inc()
                         reason = LOST
-                        tasks.remove(task)
-                        return task.result()
+                        chosen = task
+                        return chosen.result()
             self._metrics.hedges.of("no").inc()
-            return tasks.pop(1 if tasks[0].exception() else 0).result()
+            chosen = tasks[1 if tasks[0].exception() else 0]
+            return chosen.result()
         finally:
-            for task in tasks:
+            losers = [task for task in tasks if task is not chosen]
+            for task in losers:
                 task.cancel(reason)
-            for loser in await asyncio.gather(*tasks, return_exceptions=True):
-                if not isinstance(loser, BaseException):
-                    loser.lose()
+            try:
+                if losers:
+                    await asyncio.wait(losers)
+            except asyncio.CancelledError:  # nobody gets the one that was chosen
+                losers = tasks
+                raise
+            finally:
+                for task in losers:
+                    if task.done():
+                        _lose(task)
+                    else:
+                        task.add_done_callback(_lose)
+
+
+def _lose(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled() and task.exception() is None:
+        task.result().lose()
 
 
 def _is_good(task: asyncio.Future[A]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
+from balancer.cache import Hit
 from balancer.clock import Clock
 from balancer.core.request import InferenceRequest
-from balancer.errors import BalancerError, DeadlineExceeded, Truncated
+from balancer.errors import BalancerError, DeadlineExceeded, NoEligibleNode, Truncated, UpstreamFailed
 from balancer.relay import ClientStream, Delivered
 
 # What a client may be behind the others. With what it got when it joined (`flight.JOIN_BYTES`) and what its
@@ -63,17 +65,35 @@ class Passenger:
                 await self._done
         except TimeoutError:
             self._flight.leave(self)
+            if self._has_all:
+                return
             self._is_served = True
             self.client.unfollow()
             self.client.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
         except asyncio.CancelledError:
             self._flight.leave(self)
+            if self._has_all and not self.client.gone:
+                return
             raise
+        finally:
+            if self._done.done() and not self._done.cancelled():
+                self._done.exception()  # seen: a deadline may have come in the same moment
 
-    async def ride_on(self) -> None:
-        """`ride` for the client that began the flight, in a task of its own."""
+    @property
+    def _has_all(self) -> bool:
+        """Whether its answer ended in the moment in which it was to be cut: another end would be one too many."""
+        return self._is_served and self.client.begun
+
+    async def ride_on(self, stale: Callable[[], Hit | None]) -> None:
+        """`ride` for the client that began the flight, in a task of its own; `stale` may stand in for an error."""
         try:
-            await self.ride()
+            try:
+                await self.ride()
+            except (NoEligibleNode, UpstreamFailed):
+                hit = None if self.client.begun else stale()
+                if hit is None:
+                    raise
+                await self.client.stand_in(hit)
         except BalancerError as error:
             self.client.fail(error)
         except asyncio.CancelledError:

@@ -92,9 +92,9 @@ class Proxy:
             client.comment_every(self.comment_after_s)
         try:
             if plan.read and (hit := await self._looked_up(plan, request, client)) is not None:
-                return await self._replay(hit, client)
+                return await client.stand_in(hit)
             if self._semantic is not None and (hit := await self._reworded(self._semantic, plan, request)) is not None:
-                return await self._replay(hit, client)
+                return await client.stand_in(hit)
             if request.wishes.cache_mode is CacheMode.ONLY:
                 raise CacheMiss("there is no stored answer to this request")
             if self._verdicts:
@@ -107,7 +107,7 @@ class Proxy:
             stale = None if client.begun else self._cache.stale(plan, request)
             if stale is None:
                 return client.fail(error)
-            await _to_its_end(self._replay(stale, client), client)
+            await _to_its_end(client.stand_in(stale), client)
         except BalancerError as error:
             client.fail(error)
         except asyncio.CancelledError:
@@ -129,13 +129,6 @@ class Proxy:
         hit = await self._cache.lookup(plan, request)
         client.call.store_s = self._clock.now() - begun_s
         return hit
-
-    @staticmethod
-    async def _replay(hit: Hit, client: ClientStream) -> None:
-        client.call.cache = hit.verdict
-        client.call.node = ""
-        if (replay := client.replay(hit)) is not None:
-            await replay
 
 
 async def _to_its_end(replay: Coroutine[Any, Any, None], client: ClientStream) -> None:

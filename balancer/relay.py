@@ -13,7 +13,7 @@ from balancer.clock import Clock
 from balancer.core.outcome import Outcome
 from balancer.core.pace import schedule
 from balancer.core.request import Dialect, InferenceRequest
-from balancer.errors import BadAnswer, BalancerError, ClientError, Draining
+from balancer.errors import BadAnswer, BalancerError, ClientError, DeadlineExceeded, Draining
 from balancer.explain import Call
 from balancer.wire.answer import Answer
 from balancer.wire.framing import DateHeader, status_line
@@ -220,8 +220,18 @@ class ClientStream:
         self._inbound.send(self._head(hit.status, lines, b"content-length: %d\r\n" % len(hit.body)), hit.body)
         return None
 
+    async def stand_in(self, hit: Hit) -> None:
+        """Deliver a stored answer in place of one that was to come from a node."""
+        self.call.cache = hit.verdict
+        self.call.node = ""
+        if (replay := self.replay(hit)) is not None:
+            await replay
+
     async def _replay_paced(self, hit: Hit, lines: bytes) -> None:
-        """Send a stored stream in its own time; a client that reads slowly is waited for, one that leaves ends it."""
+        """Send a stored stream in its own time; a client that reads slowly is waited for, one that leaves ends it.
+
+        What is left at its deadline is sent at once to a client that reads; another one is given up.
+        """
         size = len(hit.body)
         steps = [
             step for step in schedule(hit.pace, size) if step[1] == size or hit.body.endswith(_EVENT_ENDS, 0, step[1])
@@ -231,13 +241,20 @@ class ClientStream:
         self._sse = self._begun = True
         head = self._head(hit.status, lines, b"transfer-encoding: chunked\r\n")
         self._inbound.begin_and_chunk(head, hit.body[:sent])
-        for at_s, end in steps[1:]:
-            wait_s = begun_s + at_s - self._clock.now()
-            if wait_s > 0:
-                await self._clock.sleep(wait_s)
-            await flow.going.wait()
-            self.write(hit.body[sent:end])
-            sent = end
+        try:
+            async with asyncio.timeout(self._request.deadline_s - begun_s):
+                for at_s, end in steps[1:]:
+                    wait_s = begun_s + at_s - self._clock.now()
+                    if wait_s > 0:
+                        await self._clock.sleep(wait_s)
+                    await flow.going.wait()
+                    self.write(hit.body[sent:end])
+                    sent = end
+        except TimeoutError:
+            if not flow.going.is_set():
+                self.fail(DeadlineExceeded("the deadline passed before the answer was read"))
+                return
+            self.write(hit.body[sent:])
         self.end()
 
     # -- comments to a stream that waits

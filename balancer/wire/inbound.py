@@ -7,6 +7,7 @@ time: what is pipelined behind it waits, up to `PIPELINE_BYTES`, and is answered
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ class InboundConnection(asyncio.Protocol):
         "_target",
         "_task",
         "_transport",
+        "_unsent_bytes",
         "_upgrading",
         "_wheel",
         "_working",
@@ -156,6 +158,7 @@ class InboundConnection(asyncio.Protocol):
         self._refused = False  # nothing more is read from here
         self._upgrading = False  # the head being read asks for an upgrade
         self._closing = False
+        self._unsent_bytes = sys.maxsize  # when an idle connection was looked at last
         self.due_s = 0.0
         self.bucket: set[Watched] | None = None
 
@@ -224,6 +227,7 @@ class InboundConnection(asyncio.Protocol):
             self._close_gently()
             return False
         self.due_s = self._now() + KEEP_ALIVE_S
+        self._unsent_bytes = sys.maxsize
         return True
 
     def close(self) -> None:
@@ -438,7 +442,7 @@ class InboundConnection(asyncio.Protocol):
             self.due_s = now + KEEP_ALIVE_S  # answers have limits of their own
             self._wheel.watch(self)
         elif self._receiving is None:
-            self._close_gently()
+            self._close_idle(now)
         elif self._accepted and self._body_pace_holds(self._receiving, now):
             self.due_s = now + 1.0
             self._wheel.watch(self)
@@ -446,6 +450,18 @@ class InboundConnection(asyncio.Protocol):
             self._refuse(ClientError("the request took too long to arrive", status=408, code="request_timeout"))
 
     # -- inside
+
+    def _close_idle(self, now: float) -> None:
+        """Close a connection that nothing comes from; what it was sent has to be read, however slowly, until then."""
+        unsent_bytes = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        if not unsent_bytes:
+            self._close_gently()
+        elif unsent_bytes < self._unsent_bytes:
+            self._unsent_bytes = unsent_bytes
+            self.due_s = now + KEEP_ALIVE_S
+            self._wheel.watch(self)
+        else:
+            self.abort()
 
     def _body_pace_holds(self, request: InboundRequest, now: float) -> bool:
         """A body may pause for `body_idle_s`, and must average BODY_BYTES_PER_S after that."""

@@ -344,3 +344,20 @@ async def test_a_balancer_that_dies_within_a_stream_is_an_error_event(
         events = [event async for part in second.chunks() for event in payload(part)]
         assert events[-1]["error"]["code"] == "upstream_truncated"
         assert "[DONE]" not in events
+
+
+async def test_who_follows_another_balancers_stream_keeps_no_copy_of_it(replicas: Any) -> None:
+    steps = Steps(*pieces("one ", "two ", "three"))
+    async with ScriptedNode(steps) as node:
+        one, two = await replicas(node)
+        first = await flying(one, STREAM)
+        steps.go()
+        await first.head()
+        second = await flying(two, STREAM)
+        await until_followed(one)
+        steps.go(3)
+        answer = await second.answer()
+        assert answer.cache == "coalesced"
+        assert text_of(answer.events) == "one two three"
+        await nothing_is_left(two)
+        assert len(two.app.port.buffered.collections) == 0
