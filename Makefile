@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup check format imports test demo bench compare sim sim-full semantic load helm-lint clean
+.PHONY: setup check format imports test demo bench compare chaos chaos-quick sim sim-full semantic load helm-lint clean
 
 setup: .venv/.ready
 
@@ -39,6 +39,12 @@ bench: setup
 
 compare: setup ## policies over HTTP in front of eight fake nodes, and in the simulator: about seven minutes
 	$(BIN)/python -m loadtest.compare
+
+chaos: setup ## every promise against a running balancer whose nodes break, three times: about 20 minutes
+	$(BIN)/python -m loadtest.chaos
+
+chaos-quick: setup ## the quick trials once: about a minute
+	$(BIN)/python -m loadtest.chaos --quick
 
 sim: setup ## the standard table of the simulator: every policy on every row, with its bounds
 	$(BIN)/python -m loadtest.sim.standard

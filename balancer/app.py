@@ -140,6 +140,7 @@ class App:
             metrics=self.metrics,
             clock=clock,
             verdict_s=settings.retry.verdict_s,
+            stall_s=settings.timeouts.stall_s,
         )
         self.hedging = Hedging(settings.hedge, self.intake.rules, self.metrics)
         self.pools = Pools(settings.upstream.max_connections_per_node, clock.now)
@@ -286,7 +287,14 @@ class App:
         from balancer.watchdog import Watchdog
 
         settings, registry, clock, rng = self._settings, self.registry, self._clock, self._rng
-        self.watchdog = Watchdog(registry, settings.timeouts.stall_s, settings.health.path, clock, self.metrics)
+        self.watchdog = Watchdog(
+            registry,
+            settings.timeouts.stall_s,
+            settings.health.path,
+            clock,
+            self.metrics,
+            on_wedged=self.verdicts.wedged,
+        )
         self._watchers = (
             *self.neighbours,
             self.watchdog,
@@ -402,7 +410,7 @@ class App:
             self._routing_of(old, new), new.retry, _answer_limits(new, self.buffered), new.timeouts.connect_s
         )
         self.hedging.configure(new.hedge, self.intake.rules)
-        self.verdicts.configure(new.retry.verdict_s)
+        self.verdicts.configure(new.retry.verdict_s, new.timeouts.stall_s)
         self.resumes.enabled = new.resume.enabled
         self.proxy.comment_after_s = new.queue.comment_after_s
         self.registry.configure(new.routing, new.outlier, adaptive=new.queue.adaptive)

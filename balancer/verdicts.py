@@ -12,9 +12,10 @@ from balancer.core.breaker import Permit
 from balancer.core.cache_key import verdict_name
 from balancer.core.node import Node
 from balancer.core.outcome import Again, Fault, Outcome
-from balancer.core.poison import Account, Failure, Ledger, Quarantine, fingerprint, is_death
+from balancer.core.poison import Account, Failure, Ledger, Quarantine, blame, fingerprint, is_death
 from balancer.core.request import InferenceRequest, NodeId
 from balancer.core.selection import Candidates
+from balancer.core.wedge import JUDGED_S, may_have_hung_it
 from balancer.errors import BadAnswer
 from balancer.log import get_logger
 from balancer.metrics import Metrics
@@ -35,19 +36,23 @@ log = get_logger()
 class Verdicts:
     """Whose account a failure stands on, for all requests. Costs nothing while nodes do not fail."""
 
-    def __init__(self, *, registry: Registry, store: Store, metrics: Metrics, clock: Clock, verdict_s: float) -> None:
+    def __init__(
+        self, *, registry: Registry, store: Store, metrics: Metrics, clock: Clock, verdict_s: float, stall_s: float
+    ) -> None:
         self._registry = registry
         self._store = store
         self._metrics = metrics
         self._clock = clock
         self._ledger = Ledger(verdict_s)
+        self._stall_s = stall_s
         self._quarantine = Quarantine()
         self._released = asyncio.Event()
         self.on_condemned: Callable[[str, float], None] | None = None  # to be told to other balancers
 
-    def configure(self, verdict_s: float) -> None:
+    def configure(self, verdict_s: float, stall_s: float) -> None:
         """New settings, for verdicts from now on."""
         self._ledger.keep_s = verdict_s
+        self._stall_s = stall_s
 
     def __bool__(self) -> bool:
         """Whether any fingerprint is remembered: without one, requests need none."""
@@ -66,9 +71,9 @@ class Verdicts:
         mark = self._mark(request)
         if self._ledger.verdict_for_s(mark, now) > 0.0:
             raise self._refused()
-        present = self._ledger.present(mark, now)
-        if present:
-            request.account = Account(present)
+        present, hung = self._ledger.present(mark, now), self._ledger.hung(mark, now)
+        if present or hung:
+            request.account = Account(present, hung)
 
     def _refused(self) -> BadAnswer:
         self._metrics.poison_refused.inc()
@@ -91,7 +96,7 @@ class Verdicts:
         Raises BadAnswer where another balancer has condemned an equal one.
         """
         account, quarantine = request.account, self._quarantine
-        if account is None or not account.is_suspect:
+        if account is None or not account.waits_its_turn:
             return
         quarantine.waiting += 1
         try:
@@ -134,7 +139,8 @@ class Verdicts:
         account = request.account
         if account is not None and account.is_suspect:
             reading_s = request.prompt_tokens() * node.books.s_per_token
-            self._quarantine.enter(node.id, account, reading_s, len(self._registry.nodes), now)
+            hang_s = self._stall_s + 2.0 * reading_s + JUDGED_S
+            self._quarantine.enter(node.id, account, reading_s, len(self._registry.nodes), now, hang_s=hang_s)
 
     def left(self, request: InferenceRequest, node: Node, *, alive: bool = False) -> None:
         """It showed its first byte there, or is over: the node may take the next suspect."""
@@ -189,6 +195,36 @@ class Verdicts:
         if account.is_spent:
             self.judge(request)
 
+    def wedged(self, node: Node, now: float) -> None:
+        """The node stopped moving: what waits there is remembered, and moved by others without being charged."""
+        waiting = [(attempt, seen) for attempt in node.live if (seen := attempt.seen()) is not None]
+        every = [seen for _, seen in waiting]
+        suspects: dict[Account, InferenceRequest] = {}
+        for attempt, seen in waiting:
+            if may_have_hung_it(seen, every, heard_s=node.heard_s, stall_s=self._stall_s):
+                request = attempt.request
+                account = request.account
+                if account is None:
+                    account = request.account = Account()
+                suspects[account] = request
+        blame(suspects)
+        requests, failed = node.breaker.recently(now, whole_seconds=True)
+        for account, request in suspects.items():
+            account.failures.append(
+                Failure(
+                    node=node.id,
+                    permit=None,
+                    at_s=now,
+                    present=False,
+                    charged=False,
+                    requests=requests,
+                    failed=failed,
+                    hung=True,
+                )
+            )
+            if request.mark or request.body:
+                self._ledger.died(self._mark(request), account.present, now, hung=account.hung)
+
     def is_condemned(self, request: InferenceRequest) -> bool:
         """Whether it goes to no further node: two died on its account, or an equal request was condemned."""
         account = request.account
@@ -211,7 +247,7 @@ class Verdicts:
         if not account.condemns(answered_s) or self._ledger.keep_s <= 0.0:
             return
         for node, failure in zip(nodes, account.failures, strict=True):
-            if node is not None:
+            if node is not None and failure.permit is not None:
                 self._registry.forgive(node, failure.permit, failure.at_s)
         self._ledger.sweep(now)
         self._ledger.condemn(mark, now)
@@ -224,7 +260,7 @@ class Verdicts:
             request_id=request.id,
             tenant=request.tenant.id,
             model=request.model,
-            deaths=len(account.present),
+            deaths=len(account.present | account.hung),
             nodes=[failure.node for failure in account.failures],
             for_s=self._ledger.keep_s,
         )

@@ -7,6 +7,7 @@ a request nothing.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,7 @@ class Watchdog:
         clock: Clock,
         metrics: Metrics,
         session_factory: OpenSession = open_session,
+        on_wedged: Callable[[Node, float], None] = lambda node, now: None,
     ) -> None:
         self._registry = registry
         self._stall_s = stall_s
@@ -73,6 +75,7 @@ class Watchdog:
         self._clock = clock
         self._metrics = metrics
         self._session_factory = session_factory
+        self._on_wedged = on_wedged  # told before anything is taken away from the node
         self._session: aiohttp.ClientSession | None = None
         self._watches: dict[Node, _Watch] = {}
         self._task: asyncio.Task[None] | None = None
@@ -145,6 +148,7 @@ class Watchdog:
         if finding.is_wedged:
             watch.next_probe_s, watch.pause_s = now, WEDGED_PAUSE_S
             self._registry.wedged(node, finding.value, now)
+            self._on_wedged(node, now)
             self._look_at_wedged(node, now)
             return
         # While a stream may accuse, each silence is settled anew; a long unary answer is asked about ever less.

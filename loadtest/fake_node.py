@@ -274,6 +274,8 @@ class FakeNode:
     def _crash(self, fault: Fault) -> None:
         if fault.kind == "die":
             self.die(fault.back_after_s)
+        elif fault.kind == "freeze":
+            self.freeze()
         else:
             self.refuse(fault.back_after_s)
 

@@ -19,6 +19,7 @@ Kind = Literal[
     # These happen at a point: before the head (`after_events` None), after the head (0), after k events of a stream;
     # with k > 0 in the middle of the body of an answer that is no stream.
     "hang",  # say nothing more, until released
+    "freeze",  # the whole engine stops for good, with the health check green: a prompt that hangs it
     "reset",  # RST
     "close",  # FIN; within a stream without the final chunk
     "cut",  # end the stream with clean framing and without its good end; before the head as `close`
@@ -49,7 +50,7 @@ Kind = Literal[
 ]
 # Kinds that `after_events` applies to.
 AT_A_POINT = frozenset(
-    ("hang", "reset", "close", "cut", "garbage", "bad_chunk", "bad_event", "error_event", "die", "refuse")
+    ("hang", "freeze", "reset", "close", "cut", "garbage", "bad_chunk", "bad_event", "error_event", "die", "refuse")
 )
 
 

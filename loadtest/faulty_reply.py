@@ -191,7 +191,7 @@ class FaultyReply(Reply):
                 await self.connection.flush()
                 self._crash(fault)
                 raise Stopped
-            case "refuse":
+            case "refuse" | "freeze":
                 self._crash(fault)
 
     async def _bad_chunk(self) -> NoReturn:

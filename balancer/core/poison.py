@@ -4,6 +4,10 @@ A node that dies takes everything with it that ran there, and one request of all
 request whose node died is a *suspect*, and suspects are kept apart: one node holds one suspect at a time, for as long
 as it takes to read its prompt. Then the next death has one name: a good request is charged with one death at most,
 and the one that kills is found with the second and goes to no third node.
+
+Hangs are found seconds after they happened, when everybody who waited there has waited long enough: the first move is
+made at once, apart from other suspects where there is room. Where two nodes hung under a request, it has the next one
+to itself for as long as a hang takes to be found. It is to blame for a hang as the only suspect that waited there.
 """
 
 from __future__ import annotations
@@ -79,26 +83,31 @@ class Failure:
     """One attempt that failed by a node's fault."""
 
     node: NodeId
-    permit: Permit
+    permit: Permit | None  # None: nothing was counted against the node
     at_s: float
     present: bool  # a death, with this request there
     charged: bool  # and on its account
     requests: int  # that the node had answered or failed lately, without this one
     failed: int  # of these
+    hung: bool = False  # the node stopped moving while this request waited there
 
     @property
     def chance(self) -> float:
         """The probability that the node fails a request like this one by its own fault."""
-        return (self.failed + 1) / (self.requests + (PRIOR_REQUESTS_PER_DEATH if self.present else PRIOR_REQUESTS))
+        return (self.failed + 1) / (
+            self.requests + (PRIOR_REQUESTS_PER_DEATH if self.present or self.hung else PRIOR_REQUESTS)
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """What one request has met so far. `inherited`: nodes that died under equal requests before it."""
+    """What one request has met so far. `inherited` nodes died under equal requests before it, others hung."""
 
     inherited: frozenset[NodeId] = frozenset()
+    inherited_hung: frozenset[NodeId] = frozenset()
     failures: list[Failure] = field(default_factory=list)
     cleared: int = 0  # of the failures: a node has read its prompt since then, and lived
+    blamed: bool = False  # a further node hung, and it was the only suspect that waited there
 
     @property
     def deaths(self) -> int:
@@ -111,14 +120,24 @@ class Account:
         return self.inherited.union(failure.node for failure in self.failures if failure.present)
 
     @property
+    def hung(self) -> frozenset[NodeId]:
+        """Nodes that stopped moving while it, or an equal request, waited there."""
+        return self.inherited_hung.union(failure.node for failure in self.failures if failure.hung)
+
+    @property
     def is_suspect(self) -> bool:
-        """Whether a node may have died of it, so that it must have the next one to itself."""
-        return bool(self.present)
+        """Whether a node may have died or hung of it, so that it is kept from other suspects."""
+        return bool(self.present or self.hung)
+
+    @property
+    def waits_its_turn(self) -> bool:
+        """Whether it must have the next node to itself, however long that takes."""
+        return bool(self.present) or len(self.hung) >= DEATHS
 
     @property
     def is_spent(self) -> bool:
         """Whether it goes to no further node."""
-        return self.deaths >= DEATHS or len(self.present) >= PRESENT
+        return self.blamed or self.deaths >= DEATHS or len(self.present) >= PRESENT
 
     @property
     def settled_s(self) -> float:
@@ -135,14 +154,24 @@ class Account:
         Never where the nodes fail so often that some request had to meet this. Deaths speak for themselves; other
         failures only where each of the nodes answered others in that time: else they stay on the nodes' books.
         """
-        if len(self.inherited.union(failure.node for failure in self.failures)) < DEATHS:
+        before = self.inherited | self.inherited_hung
+        if len(before.union(failure.node for failure in self.failures)) < DEATHS:
             return False
         seen = max(1, sum(failure.requests for failure in self.failures))
         if seen * math.prod(failure.chance for failure in self.failures) > EXPECTED_BY_CHANCE:
             return False
         if self.is_spent:
             return True
+        if any(failure.hung for failure in self.failures):
+            return False  # several waited there, and it was not found which
         return all(at_s >= failure.at_s - ANSWERED_S for failure, at_s in zip(self.failures, answered_s, strict=True))
+
+
+def blame(waited: Iterable[Account]) -> None:
+    """A node hung under these: the only one under which another had died or hung before is to blame, if it is one."""
+    known = [account for account in waited if account.is_suspect]
+    if len(known) == 1:
+        known[0].blamed = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +200,18 @@ class Quarantine:
         latest_s = max(self._held.get(node, _NOBODY).values(), default=-math.inf)
         return latest_s if latest_s > now else -math.inf
 
-    def enter(self, node: NodeId, account: Account, reading_s: float, nodes: int, now: float) -> None:
-        """A suspect was sent to a node that reads its prompt in `reading_s`; `nodes` are there for all that wait."""
+    def enter(
+        self, node: NodeId, account: Account, reading_s: float, nodes: int, now: float, *, hang_s: float = 0.0
+    ) -> None:
+        """A suspect was sent to a node that reads its prompt in `reading_s`; `nodes` are there for all that wait.
+
+        `hang_s` is how long a hang takes to be found: for so long the node is its own where two hung under it.
+        """
         hold_s = min(MOST_HOLD_S, max(LEAST_HOLD_S, HOLD_READINGS * reading_s))
         if self.waiting:
             hold_s = min(hold_s, MOST_DELAY_S * max(1, nodes) / self.waiting)
+        if len(account.hung) >= DEATHS:
+            hold_s = max(hold_s, hang_s)
         self._held.setdefault(node, {})[account] = now + hold_s
 
     def leave(self, node: NodeId, account: Account, *, alive: bool) -> bool:
@@ -223,6 +259,7 @@ class _Mark:
     """What is remembered of one fingerprint."""
 
     present: frozenset[NodeId]  # nodes that died while it was there
+    hung: frozenset[NodeId]
     is_verdict: bool
     until_s: float
 
@@ -247,16 +284,22 @@ class Ledger:
         kept = self._kept(mark, now)
         return kept.present if kept is not None else frozenset()
 
-    def died(self, mark: str, present: frozenset[NodeId], now: float) -> None:
-        """These nodes died with this request there by now. Requests at the same time do not add up."""
+    def hung(self, mark: str, now: float) -> frozenset[NodeId]:
+        """Nodes that hung while an equal request waited there."""
+        kept = self._kept(mark, now)
+        return kept.hung if kept is not None else frozenset()
+
+    def died(self, mark: str, present: frozenset[NodeId], now: float, *, hung: frozenset[NodeId] = frozenset()) -> None:
+        """These nodes died or hung with this request there by now. Requests at the same time do not add up."""
         kept = self._kept(mark, now)
         if kept is None or not kept.is_verdict:
-            most = present if kept is None else max(present, kept.present, key=len)
-            self._keep(mark, _Mark(most, False, now + self.keep_s))
+            if kept is not None:
+                present, hung = max(present, kept.present, key=len), max(hung, kept.hung, key=len)
+            self._keep(mark, _Mark(present, hung, False, now + self.keep_s))
 
     def condemn(self, mark: str, now: float, for_s: float | None = None) -> None:
         """Equal requests are refused from now on, for a while."""
-        self._keep(mark, _Mark(frozenset(), True, now + (self.keep_s if for_s is None else for_s)))
+        self._keep(mark, _Mark(frozenset(), frozenset(), True, now + (self.keep_s if for_s is None else for_s)))
 
     def answered(self, mark: str) -> None:
         """An equal request was answered well: it kills nobody."""

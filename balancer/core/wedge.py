@@ -21,10 +21,16 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+from balancer.core.request import InferenceRequest
+
 # Share of `stall_s` after which silence raises a suspicion against streams.
 EARLY = 0.5
 # A stream may pause so many of its own mean gaps beyond `stall_s`: a node that is slow is not wedged.
 GAPS = 4.0
+# A node hangs of a request only if it was alive within this time before the request came.
+ALIVE_S = 5.0
+# Between streams' last bytes and the step that hangs lies at least so much uncertainty, in seconds.
+ARRIVAL_S = 0.1
 # Seconds after which the judgement of the watchdog has to be there: it looks four times a second.
 JUDGED_S = 0.5
 # From this share of `stall_s` of silence a stream without content is not committed, or from `commit_s`, if less.
@@ -48,6 +54,8 @@ class Seen:
 
 class UnderWay(Protocol):
     """An attempt that has not ended."""
+
+    request: InferenceRequest
 
     @property
     def heard_s(self) -> float:
@@ -127,6 +135,23 @@ def judge(under_way: Iterable[Seen], *, heard_s: float, probe_failed: bool, stal
 
 def _graver(one: Finding, other: Finding) -> Finding:
     return one if one is Finding.SUSPECT else other
+
+
+def may_have_hung_it(seen: Seen, under_way: Iterable[Seen], *, heard_s: float, stall_s: float) -> bool:
+    """Whether a node that was last heard at `heard_s` may have hung of this request: it waits, and came in time.
+
+    A node that showed no life around its coming hangs by itself. What came when streams should have moved again, or
+    when the node had been silent for long with work in flight, found it hanging.
+    """
+    if seen.begun or heard_s < seen.sent_s - ALIVE_S:
+        return False
+    every = list(under_way)
+    gaps = [other.gap_s for other in every if other.begun and not other.paused]
+    if gaps:
+        reading_s = max((other.prefill_s for other in every if not other.begun), default=0.0)
+        return seen.sent_s <= heard_s + max(ARRIVAL_S, reading_s + GAPS * max(gaps))
+    silent_from_s = max(heard_s, min((other.sent_s for other in every), default=heard_s))
+    return seen.sent_s - silent_from_s < EARLY * stall_s
 
 
 def holds_commit(seen: Seen, *, heard_s: float, commit_s: float, stall_s: float, now: float) -> bool:

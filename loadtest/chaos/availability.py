@@ -171,6 +171,30 @@ async def poison(theatre: Theatre) -> Sequence[Figure]:
         )
 
 
+@promise(8, "a prompt that hangs every engine that reads it, among good ones")
+async def hanging_prompt(theatre: Theatre) -> Sequence[Figure]:
+    async with theatre.stage() as stage:
+        for node in stage.nodes:
+            await node.fault("freeze", body_has="poison")
+        load = Load(stage, body=lambda number: chat(f"question {number}"))
+        async with load:
+            await load.run(BEFORE_S)
+            await ask(stage, chat("a poison"))
+            again = await ask(stage, chat("a poison"))
+            await load.end()
+        states = [await node.state() for node in stage.nodes]
+        return (
+            Figure(name="nodes it hung, sent twice", value=sum(s["frozen"] for s in states), bound=2),
+            Figure(name="good unary requests lost", value=load.failed(), bound=0),
+            Figure(name="refused the second time", value=again.status == 502, bound=1, least=True),
+        )
+
+
+@promise(9, "a node that answers 404 to everything")
+async def not_found(theatre: Theatre) -> Sequence[Figure]:
+    return await _draws(theatre, lambda node: node.fault("status", status=404), 0.01, 0.0)
+
+
 @promise(9, "the requests' own 400s and clients that leave, half of all traffic")
 async def own_faults(theatre: Theatre) -> Sequence[Figure]:
     async with theatre.stage() as stage:
@@ -350,7 +374,7 @@ async def deadline(theatre: Theatre) -> Sequence[Figure]:
         )
 
 
-@promise(16, "clients leave: unary, stream, before the first token", quick=True)
+@promise(16, "clients leave: unary, stream, before the first token")
 async def clients_leave(theatre: Theatre) -> Sequence[Figure]:
     async with theatre.stage(1, options=[("--itl-s", "0.2", "--ttft-s-per-token", "0.2")]) as stage:
         slowest_ms = 0.0

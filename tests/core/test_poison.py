@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from balancer.core.breaker import Permit
 from balancer.core.outcome import Outcome
 from balancer.core.poison import (
+    DEATHS,
     LEAST_HOLD_S,
     MOST_HOLD_S,
     SAME_CAUSE_S,
@@ -16,6 +17,7 @@ from balancer.core.poison import (
     Failure,
     Ledger,
     Quarantine,
+    blame,
     fingerprint,
     is_death,
 )
@@ -37,6 +39,14 @@ def suspect(*nodes: NodeId) -> Account:
     return Account(failures=[death(node) for node in nodes or (A,)])
 
 
+def hang(node: NodeId = A, **fields: object) -> Failure:
+    return failure(node, hung=True, **fields)
+
+
+def moved(*nodes: NodeId) -> Account:
+    return Account(failures=[hang(node) for node in nodes or (A,)])
+
+
 # -- which ends are deaths
 
 
@@ -53,6 +63,58 @@ def test_what_ends_with_the_node_gone_or_hung_after_the_request_was_sent_is_a_de
     refused = {Outcome.REFUSED, Outcome.CONNECT_TIMEOUT}
     assert is_death(outcome, stale_before=False) == (outcome in gone)
     assert is_death(outcome, stale_before=True) == (outcome in gone | refused)
+
+
+# -- nodes that hang
+
+
+def test_the_first_hang_charges_nobody_and_holds_nobody_up() -> None:
+    account = Account()
+    blame([account])
+    account.failures.append(hang())
+    assert not account.is_spent
+    assert account.is_suspect
+    assert not account.waits_its_turn
+
+
+def test_a_second_hang_is_on_the_account_of_the_only_suspect_that_waited_there() -> None:
+    known, fresh = moved(), Account()
+    blame([fresh, known, Account()])
+    assert known.is_spent
+    assert not fresh.is_spent
+
+
+def test_with_two_suspects_waiting_a_hang_is_nobodys_and_each_waits_its_turn() -> None:
+    accounts = [moved(), moved()]
+    blame(accounts)
+    for account in accounts:
+        account.failures.append(hang(B))
+        assert not account.is_spent
+        assert account.waits_its_turn
+
+
+def test_a_request_that_was_on_two_nodes_that_hung_has_the_next_one_until_a_hang_would_be_found() -> None:
+    quarantine, account = Quarantine(), moved(A, B)
+    quarantine.waiting = 10
+    quarantine.enter(C, account, reading_s=0.0, nodes=1, now=100.0, hang_s=3.5)
+    assert quarantine.free_from_s(C, 100.0) == pytest.approx(103.5)
+    assert quarantine.leave(C, account, alive=True), "its first byte"
+    assert quarantine.free_from_s(C, 100.0) < 100.0
+    quarantine.enter(C, moved(A), reading_s=0.0, nodes=1, now=100.0, hang_s=3.5)
+    assert quarantine.free_from_s(C, 100.0) < 101.0
+
+
+def test_two_hangs_condemn_on_nodes_that_seldom_fail_and_an_equal_request_starts_with_them() -> None:
+    assert moved(A, B).condemns([100.0, 100.0]) is False, "not on its account"
+    account = moved(A, B)
+    account.blamed = True
+    assert account.condemns([])
+    ledger = Ledger()
+    ledger.died("mark", frozenset(), 100.0, hung=frozenset({A}))
+    ledger.died("mark", frozenset({C}), 101.0)
+    again = Account(ledger.present("mark", 101.0), ledger.hung("mark", 101.0))
+    assert (again.present, again.hung) == ({C}, {A})
+    assert len(again.hung) < DEATHS
 
 
 # -- the quarantine

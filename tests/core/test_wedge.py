@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from balancer.core.wedge import EARLY, GAPS, Finding, Seen, holds_commit, judge, probe_for
+from balancer.core.wedge import ALIVE_S, EARLY, GAPS, Finding, Seen, holds_commit, judge, may_have_hung_it, probe_for
 
 NOW = 1000.0
 STALL_S = 3.0
@@ -157,3 +157,34 @@ def test_a_probe_asks_for_one_token_of_the_model(path: str) -> None:
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/audio/transcriptions", "/tokenize"])
 def test_what_has_no_cheap_request_has_no_probe(path: str) -> None:
     assert probe_for(path, "m") is None
+
+
+# -- of what it hung
+
+
+def suspected(seen: Seen, *others: Seen, heard_s: float = NOW) -> bool:
+    return may_have_hung_it(seen, (seen, *others), heard_s=heard_s, stall_s=STALL_S)
+
+
+def test_what_waited_when_streams_stopped_may_have_hung_the_node_and_what_came_later_found_it_so() -> None:
+    stream = begun(gap_s=0.05)
+    assert suspected(unary(NOW - 1.0), stream)
+    assert suspected(a_stream(NOW + 0.15), stream), "within a few of their gaps"
+    assert not suspected(a_stream(NOW + 0.25), stream)
+    assert not suspected(begun(), stream), "its prompt was read"
+
+
+def test_a_long_prompt_may_stand_between_the_last_byte_and_the_hang() -> None:
+    assert suspected(a_stream(NOW + 1.5), begun(gap_s=0.01), a_stream(NOW, prefill_s=2.0))
+
+
+def test_without_streams_what_came_before_the_silence_was_long_may_have_hung_it() -> None:
+    first = unary(NOW)
+    assert suspected(first)
+    assert suspected(unary(NOW + EARLY * STALL_S - 0.1), first)
+    assert not suspected(unary(NOW + EARLY * STALL_S), first)
+
+
+def test_a_node_that_showed_no_life_before_hangs_by_itself() -> None:
+    assert suspected(unary(NOW + ALIVE_S))
+    assert not suspected(unary(NOW + ALIVE_S + 0.1))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
 
 from loadtest.fake_node import FakeNode
 from loadtest.faults import Fault
@@ -111,6 +114,29 @@ async def test_good_requests_beside_a_prompt_that_kills_are_not_lost_and_no_thir
         assert poison.status == 502
         assert [reply.errors for reply in replies if not reply.is_whole] == []
         assert sum(not node.listening for node in nodes) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["unary", "stream"])
+async def test_a_prompt_that_hangs_engines_is_stopped_and_no_good_request_is_lost(stream: bool) -> None:
+    timeouts = {"first_byte_s": 300.0, "unary_s": None, "idle_s": 300.0, "stall_s": 0.6}
+    async with AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(paced_node(seed=seed)) for seed in range(5)]
+        for node in nodes:
+            node.faults.add(Fault("freeze", body_has="poison"))
+        balancer = await stack.enter_async_context(running(*even(nodes), **{**QUIET, "timeouts": timeouts}))
+        client = await stack.enter_async_context(client_of(balancer.url))
+        await warmed(client)
+        load = asyncio.create_task(client.many(200, at_once=8))
+        await balancer.wait_for(lambda: len(balancer.requests) >= 100)
+        poison = await client.post(chat("this is poison", stream=stream))
+        replies = await load
+        again = await client.post(chat("this is poison", stream=stream))
+        assert (poison.status, again.status) == (502, 502)
+        assert [reply.errors for reply in replies if not reply.is_whole] == []
+        frozen = sum(node.engine.frozen for node in nodes)
+        assert frozen == met(nodes)
+        # One more than it takes to suspect it, where good requests moved beside it.
+        assert 2 <= frozen <= 3
 
 
 async def test_a_stream_that_kills_nodes_as_it_goes_is_refused_after_three() -> None:
