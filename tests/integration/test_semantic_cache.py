@@ -195,7 +195,9 @@ async def test_verified_asks_the_node_until_its_answers_have_agreed_often_enough
         balancer = await serve(scripted, cache=semantic(other, **bounds))
         found: list[str | None] = []
         for number in range(24):
-            about = chat(f"What is the capital of Province{number}?"), chat(f"What's the capital of Province{number}?")
+            # One word more: the guards cannot say whether that makes a difference.
+            asked = f"What is the usual price of a kilo of fresh apples in Province{number}?"
+            about = chat(asked), chat(asked.replace("fresh", "fresh ripe"))
             await fill(balancer, about[0])
             found.append((await ask(balancer, about[1])).cache)
             await settled(balancer)
