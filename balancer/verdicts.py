@@ -104,8 +104,9 @@ class Verdicts:
             if await self._is_condemned_elsewhere(request):
                 raise self._refused()
             while (wait_s := self._wait_s(request)) > 0.0:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._released.wait(), wait_s)
+                with contextlib.suppress(TimeoutError):  # `wait_for` may swallow a cancellation
+                    async with asyncio.timeout(wait_s):
+                        await self._released.wait()
         finally:
             quarantine.waiting -= 1
 

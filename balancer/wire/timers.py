@@ -75,12 +75,17 @@ class TimerWheel:
         now = self._now()
         current = int(now / TICK_S)
         while self._ticks and self._ticks[0] <= current:
-            for item in self._buckets.pop(heapq.heappop(self._ticks)):
+            bucket = self._buckets.pop(heapq.heappop(self._ticks))
+            while bucket:  # what one of them does may end another
+                item = bucket.pop()
                 item.bucket = None
                 if item.due_s > now:
                     self.watch(item)
-                else:
+                    continue
+                try:
                     item.on_due(now)
+                except Exception as error:  # the limits of all others stand on this timer
+                    self.loop.call_exception_handler({"message": "a time limit failed", "exception": error})
         self._handle = None
         if self._ticks:
             self._arm(self._ticks[0])

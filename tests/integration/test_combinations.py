@@ -395,6 +395,6 @@ async def storm(seed: int, requests: int, at_once: int, caplog: pytest.LogCaptur
 async def test_whatever_comes_together_every_answer_is_true_and_nothing_is_left(
     seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = await storm(seed, 150, 24, caplog, drains=False)
+    world = await storm(seed, 150, 24, caplog, drains=seed % 3 == 2)
     assert world.wrong == [], world.settings
     assert world.whole + world.errors > 40
