@@ -84,7 +84,7 @@ class TimerWheel:
                     continue
                 try:
                     item.on_due(now)
-                except Exception as error:  # the limits of all others stand on this timer
+                except Exception as error:  # noqa: BLE001 -- the limits of all others stand on this timer
                     self.loop.call_exception_handler({"message": "a time limit failed", "exception": error})
         self._handle = None
         if self._ticks:

