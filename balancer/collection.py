@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from balancer.cache import Plan
+from balancer.cache import NO_PLAN, Plan
 from balancer.core.pace import record
 from balancer.wire.buffered import Buffered
 
@@ -51,8 +51,17 @@ class Collection:
     def drop(self) -> None:
         """Let go of it (`wire.buffered.Droppable`)."""
         self.is_open = False
-        self._parts = []
         if self.size:
+            self._parts = []
             self._buffered.collections.pop(self, None)
             self._buffered.bytes -= self.size
             self.size = 0
+
+
+# For all that the cache does not take: an idle stream has little room.
+NOTHING = Collection(NO_PLAN, 0, Buffered(0))
+
+
+def collection_of(plan: Plan, max_bytes: int, buffered: Buffered) -> Collection:
+    """A new collection, where the answer may be kept."""
+    return Collection(plan, max_bytes, buffered) if plan.write and plan.name is not None else NOTHING

@@ -13,7 +13,7 @@ from balancer.across import Followed, first_entry
 from balancer.attempts import Attempt, Attempts
 from balancer.cache import Plan, ResponseCache
 from balancer.clock import Clock
-from balancer.collection import Collection
+from balancer.collection import collection_of
 from balancer.core.outcome import Fault, Outcome
 from balancer.core.request import InferenceRequest
 from balancer.errors import BalancerError, ClientError, RateLimited
@@ -77,7 +77,7 @@ class Flight:
         self._plan = plan
         self._answer: Delivered | None = None  # once it is handed on as it comes
         self._subscribers: list[ClientStream | Passenger] = [client]
-        self._collected = Collection(plan, cache.max_entry_bytes, buffered)
+        self._collected = collection_of(plan, cache.max_entry_bytes, buffered)
         self._kept: Kept | None = None  # for a resume
         self._is_stopped = False  # no passenger reads
         self._task: asyncio.Task[None] | None = None  # that it runs in, once it is shared

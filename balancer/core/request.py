@@ -154,7 +154,7 @@ class InferenceRequest:
     def forget_body(self) -> None:
         """It is sent and will not be sent again: a long stream need not hold its prompt."""
         self.body = b""
-        self.usage_body = self.parsed = None
+        self.usage_body = self.parsed = self.picked = None
 
     def prompt_tokens(self) -> float:
         """Prompt tokens estimated from the body's bytes."""
