@@ -29,7 +29,7 @@ check: setup ## format, lint, types, imports, the decisions' tests: under a minu
 	$(BIN)/python -m pytest -q -n auto tests/core
 
 test: setup ## everything; what CI runs
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	$(BIN)/gpu-balancer demo
